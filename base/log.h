@@ -1,0 +1,13 @@
+#pragma once
+
+#include <string>
+
+#include <spdlog/spdlog.h>
+
+namespace rankwise {
+
+// Sends the log to stderr as "12:00:00.000 I program: message". `level` is one of trace, debug, info,
+// warn, error, off. Call once, first thing in main().
+void StartLog(const std::string& program, const std::string& level = "info");
+
+}  // namespace rankwise
