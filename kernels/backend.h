@@ -1,0 +1,191 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+// The math of one rank on one device. Activations are f32 [rows, width], row-major, in memory of the backend; a row is
+// one token position of one request in a step.
+//
+// Invariance: every output row of every op is computed in an order that depends on that row alone, never on the number
+// of rows, the other rows or the number of threads. On the CPU the instruction set does not matter either: AVX2 and
+// AVX-512 paths do the same operations in the same order. Tests hold all of this to `==`.
+//
+// Threads: one thread calls a Backend; the backend spreads the work over its own team. No op allocates.
+namespace rankwise::kernels {
+
+enum class DType : uint8_t { kF32, kF16, kBF16 };
+int64_t DTypeBytes(DType dtype);
+const char* DTypeName(DType dtype);
+
+// A borrowed matrix [rows, cols] in host memory, e.g. a slice of a mapped checkpoint: row r starts at data + r *
+// row_stride elements. `data` need not be aligned to its dtype.
+struct MatrixView {
+  const std::byte* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t row_stride = 0;
+};
+
+// How a product over the input dimension is added up. The input columns are cut into `boundaries.size() - 1` chunks,
+// chunk c being [boundaries[c], boundaries[c + 1]); each output is one sequential fma chain per chunk, in f32 from 0,
+// and the chunk sums are added pairwise in a balanced binary tree: ((c0 + c1) + (c2 + c3)) + ... The count is a power
+// of two. Column-parallel products use one chunk. Row-parallel ones (wo, w2) use the same chunks whatever the TP
+// degree, so that a rank sums whole subtrees and the all-reduce finishes the tree with the same bits.
+struct SumTree {
+  std::vector<int64_t> boundaries;
+};
+
+// Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
+class PackedMatrix {
+ public:
+  virtual ~PackedMatrix() = default;
+  virtual int64_t n_out() const = 0;
+  virtual int64_t n_in() const = 0;
+  virtual int64_t bytes() const = 0;  // read once per matmul of few rows
+};
+
+// One row-major table [vocab, hidden] whose rows are looked up where they lie (borrowed for the backend's life).
+using EmbeddingTable = MatrixView;
+
+enum class KvFormat : uint8_t { kF32, kF16, kInt8 };
+
+// Tokens in one block of the paged cache: one AVX-512 register of f32, so that a block's scores need no horizontal sum.
+inline constexpr int kKvBlockTokens = 16;
+
+// What one rank keeps per token: n_layers × n_kv_heads_local × head_dim of K and of V.
+struct KvShape {
+  int n_layers = 0;
+  int n_kv_heads_local = 0;
+  int head_dim = 0;
+  KvFormat format = KvFormat::kF16;
+};
+
+// x ≈ q * scale + zero_point, q in [-128, 127] (DESIGN: q = round_half_even((x - zp) / scale), saturating, in f32).
+struct KvHeadScales {
+  float k_scale = 1, k_zero_point = 0, v_scale = 1, v_zero_point = 0;
+};
+
+// Running statistics of what is appended, [n_kv_heads_local, head_dim] each, owned by the caller. K is seen after bias,
+// norm and RoPE.
+struct KvObservation {
+  std::vector<float> k_min, k_max, v_min, v_max;
+};
+
+// The paged cache of one rank: `block_count` blocks, each of kKvBlockTokens tokens for all layers. The layout inside is
+// the backend's own. Owned by the caller, destroyed before the backend.
+class KvPool {
+ public:
+  virtual ~KvPool() = default;
+  virtual const KvShape& shape() const = 0;
+  virtual int32_t block_count() const = 0;
+  virtual int64_t bytes() const = 0;
+  // Values that fell outside int8 since the start, per layer: K and V together.
+  virtual std::vector<int64_t> SaturatedCounts() const = 0;
+  // The bytes of one block and layer in a canonical order (K [heads, tokens, dim], then V likewise), for tests.
+  virtual std::vector<std::byte> BlockBytes(int layer, int32_t block) const = 0;
+};
+
+// The rows of one step. Segment s covers rows [row_begin[s], row_begin[s + 1]) which are consecutive positions
+// first_position[s], first_position[s] + 1, ... of one request, whose position p lives in block
+// block_table[s][p / kKvBlockTokens] at slot p % kKvBlockTokens. Borrowed until the step's last op.
+struct StepRows {
+  std::span<const int32_t> tokens;                        // [rows]
+  std::span<const int32_t> row_begin;                     // [segments + 1]
+  std::span<const int32_t> first_position;                // [segments]
+  std::span<const std::span<const int32_t>> block_table;  // [segments]
+  int32_t row_count() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t segment_count() const { return static_cast<int32_t>(first_position.size()); }
+};
+
+// Rotation angles: cos and sin of position * frequency[i], i < rotary_dim / 2, computed once for all positions in
+// double and rounded to f32. The rotate-half convention of Hugging Face: dimension i pairs with i + rotary_dim / 2.
+struct RopeTable {
+  int rotary_dim = 0;
+  int64_t position_count = 0;
+  std::vector<float> cos, sin;  // [position_count, rotary_dim / 2]
+};
+
+struct AttentionShape {
+  int n_heads_local = 0;
+  int n_kv_heads_local = 0;
+  int head_dim = 0;
+  float score_scale = 0;       // usually 1 / sqrt(head_dim)
+  int32_t sliding_window = 0;  // a position attends itself and the sliding_window - 1 before it; 0: all before it
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string Description() const = 0;  // "cpu avx512, 2 threads"
+
+  // Device memory for `count` f32, aligned to 64 bytes, zeroed; freed by the deleter. Taken at start, never in a step.
+  using Floats = std::unique_ptr<float[], void (*)(float*)>;
+  virtual absl::StatusOr<Floats> Allocate(int64_t count) = 0;
+  virtual absl::Status CopyToHost(const float* device, std::span<float> host) = 0;
+  virtual absl::Status CopyToDevice(std::span<const float> host, float* device) = 0;
+
+  // Stacks `blocks` (each [rows_i, n_in], any dtypes) into one packed [Σ rows_i, n_in]. The packed dtype is f32 when
+  // any block is f32, else the blocks' own (f16 and bf16 mixed: f32).
+  virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks,
+                                                             const SumTree& tree) = 0;
+
+  virtual absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) = 0;
+  // scales [n_layers * n_kv_heads_local], layer-major. Requires an int8 pool; call before the first append.
+  virtual absl::Status SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) = 0;
+
+  // Makes `rows` the current step. The ops below work on its rows; row counts are implied.
+  virtual absl::Status BeginStep(const StepRows& rows) = 0;
+
+  // x [rows, hidden] = table[tokens] * scale.
+  virtual absl::Status Embed(const EmbeddingTable& table, float* x) = 0;
+
+  // out [rows, width] = x / sqrt(mean(x²) + eps) * weight. `out` may be `x`.
+  virtual absl::Status RmsNorm(float* out, const float* x, const float* weight, int64_t width, float eps) = 0;
+  // x += delta + bias (bias [width] may be null), then out = RmsNorm(x).
+  virtual absl::Status AddRmsNorm(float* out, float* x, const float* delta, const float* bias, const float* weight,
+                                  int64_t width, float eps) = 0;
+  // x += delta + bias.
+  virtual absl::Status Add(float* x, const float* delta, const float* bias, int64_t width) = 0;
+
+  // y [row_count, n_out] = x [row_count, n_in] · Wᵀ + bias (bias [n_out] may be null).
+  virtual absl::Status MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
+                              const float* bias) = 0;
+
+  // qkv [rows, (n_heads + 2 n_kv_heads) * head_dim] = [Q | K | V]. Normalises each q and k head (q_norm, k_norm
+  // [head_dim] may be null), rotates q and k by the row's position, writes q back in place, and appends K and V to
+  // `layer` of the pool in its format. `observation` may be null.
+  virtual absl::Status RopeAppend(float* qkv, const AttentionShape& shape, const RopeTable& rope, const float* q_norm,
+                                  const float* k_norm, float norm_eps, KvPool& pool, int layer,
+                                  KvObservation* observation) = 0;
+
+  // out [rows, n_heads * head_dim]: softmax(q · Kᵀ * score_scale) · V over the row's window, K and V read from the pool
+  // in their stored form. q is the Q part of `qkv` after RopeAppend.
+  virtual absl::Status Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
+                                 int layer) = 0;
+
+  // out [rows, width] = silu(gate) * up, where gate_up [rows, 2 * width] = [gate | up].
+  virtual absl::Status SiluMul(float* out, const float* gate_up, int64_t width) = 0;
+
+  // out [picked.size(), width] = x[picked[i]]. Later ops on `out` pass its row count themselves (MatMul).
+  virtual absl::Status PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) = 0;
+};
+
+struct CpuOptions {
+  int threads = 0;              // 0: the CPUs this process may run on
+  bool pin_threads = true;      // thread i to the i-th allowed CPU
+  std::string instruction_set;  // "" the best this CPU has; "avx2", "avx512"
+};
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& options);
+// Scalar, double inside, one obvious loop per op: what the others are tested against.
+std::unique_ptr<Backend> CreateReferenceBackend();
+
+}  // namespace rankwise::kernels

@@ -1,0 +1,187 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "kernels/cpu/cpu_matrix.h"
+
+namespace rankwise::kernels {
+namespace {
+
+// Below this many elements or multiplications the caller alone is done before the team has woken.
+constexpr int64_t kWorthATeam = 32 << 10;
+
+}  // namespace
+
+absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_set) {
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (instruction_set != "" && instruction_set != "avx2" && instruction_set != "avx512") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("instruction_set=\"", instruction_set, "\" is neither avx2 nor avx512"));
+  }
+  if (!has_avx2) return absl::FailedPreconditionError("this CPU lacks AVX2, FMA or F16C");
+  if (instruction_set == "avx512" && !has_avx512) {
+    return absl::FailedPreconditionError("this CPU lacks AVX-512 F, BW, VL or DQ");
+  }
+  return has_avx512 && instruction_set != "avx2" ? &kAvx512Kernels : &kAvx2Kernels;
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& options) {
+  constexpr int kMaxThreads = 1024;
+  if (options.threads < 0 || options.threads > kMaxThreads) {
+    return absl::InvalidArgumentError(absl::StrCat("threads=", options.threads, " is not in [0, ", kMaxThreads, "]"));
+  }
+  RW_ASSIGN_OR_RETURN(const IsaKernels* isa, FindIsaKernels(options.instruction_set));
+  const int threads = options.threads > 0 ? options.threads : ThreadTeam::AllowedCpuCount();
+  return std::make_unique<CpuBackend>(*isa, threads, options.pin_threads);
+}
+
+CpuBackend::CpuBackend(const IsaKernels& isa, int threads, bool pin_threads) : isa_(isa), team_(threads, pin_threads) {}
+
+std::string CpuBackend::Description() const {
+  return absl::StrCat("cpu ", isa_.name, ", ", team_.size(), team_.size() == 1 ? " thread" : " threads");
+}
+
+absl::StatusOr<Backend::Floats> CpuBackend::Allocate(int64_t count) {
+  RW_ASSIGN_OR_RETURN(Memory memory, AllocateMemory(count * static_cast<int64_t>(sizeof(float))));
+  auto* floats = reinterpret_cast<float*>(memory.release());
+  std::fill_n(floats, count, 0.0f);
+  return Floats(floats, [](float* p) { MemoryDeleter()(reinterpret_cast<std::byte*>(p)); });
+}
+
+absl::Status CpuBackend::CopyToHost(const float* device, std::span<float> host) {
+  std::copy_n(device, host.size(), host.data());
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::CopyToDevice(std::span<const float> host, float* device) {
+  std::copy_n(host.data(), host.size(), device);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<PackedMatrix>> CpuBackend::Pack(std::span<const MatrixView> blocks,
+                                                               const SumTree& tree) {
+  RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuMatrix> matrix, CpuMatrix::Create(blocks, tree, team_));
+  matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
+  tiled_rows_.Reserve(kMatMulRowBlock * matrix->n_in());
+  return matrix;
+}
+
+absl::StatusOr<std::unique_ptr<KvPool>> CpuBackend::CreateKvPool(const KvShape& shape, int32_t block_count) {
+  RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuKvPool> pool, CpuKvPool::Create(shape, block_count, team_));
+  return pool;
+}
+
+absl::Status CpuBackend::SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) {
+  RW_RETURN_IF_ERROR(CheckKvScales(pool.shape(), scales));
+  static_cast<CpuKvPool&>(pool).set_scales(scales);
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::BeginStep(const StepRows& rows) {
+  step_.Build(rows);
+  return absl::OkStatus();
+}
+
+template <typename Body>
+void CpuBackend::ForRows(int64_t width, Body&& body) {
+  const int64_t rows = step_.row_count();
+  if (rows * width < kWorthATeam) {
+    for (int64_t row = 0; row < rows; ++row) body(row);
+  } else {
+    team_.For(rows, [&](int64_t row, int) { body(row); });
+  }
+}
+
+absl::Status CpuBackend::Embed(const EmbeddingTable& table, float* x) {
+  RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
+  const auto widen = isa_.widen[static_cast<int>(table.dtype)];
+  ForRows(table.cols, [&](int64_t row) {
+    const int64_t offset = step_.rows().tokens[row] * table.row_stride * DTypeBytes(table.dtype);
+    widen(x + row * table.cols, table.data + offset, table.cols);
+  });
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::RmsNorm(float* out, const float* x, const float* weight, int64_t width, float eps) {
+  ForRows(width, [&](int64_t row) { isa_.rms_norm(out + row * width, x + row * width, weight, width, eps); });
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::AddRmsNorm(float* out, float* x, const float* delta, const float* bias, const float* weight,
+                                    int64_t width, float eps) {
+  ForRows(width, [&](int64_t row) {
+    isa_.add(x + row * width, delta + row * width, bias, width);
+    isa_.rms_norm(out + row * width, x + row * width, weight, width, eps);
+  });
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::Add(float* x, const float* delta, const float* bias, int64_t width) {
+  ForRows(width, [&](int64_t row) { isa_.add(x + row * width, delta + row * width, bias, width); });
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::SiluMul(float* out, const float* gate_up, int64_t width) {
+  // An exponential and a division cost about as much as eight additions.
+  ForRows(width * 8, [&](int64_t row) {
+    const float* gate = gate_up + row * 2 * width;
+    isa_.silu_mul(out + row * width, gate, gate + width, width);
+  });
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) {
+  for (int32_t row : picked) {
+    RW_CHECK(row >= 0 && row < step_.row_count(), absl::StrCat("picked row ", row));
+    out = std::copy_n(x + row * width, width, out);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
+                                const float* bias) {
+  const auto& w = static_cast<const CpuMatrix&>(weights);
+  const auto panel_kernel = isa_.matmul_panel[static_cast<int>(w.dtype())];
+  float* scratch = matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
+  for (int64_t begin = 0; begin < row_count; begin += kMatMulRowBlock) {
+    const auto rows = static_cast<int32_t>(std::min<int64_t>(kMatMulRowBlock, row_count - begin));
+    MatMulTask task{.y = y + begin * w.n_out(),
+                    .x = x + begin * w.n_in(),
+                    .row_count = rows,
+                    .tile_count = (rows + isa_.matmul_tile_rows - 1) / isa_.matmul_tile_rows,
+                    .weights = w.data(),
+                    .n_out = w.n_out(),
+                    .n_in = w.n_in(),
+                    .boundaries = w.boundaries().data(),
+                    .chunk_count = static_cast<int32_t>(w.boundaries().size()) - 1,
+                    .bias = bias};
+    const bool is_small = w.n_out() * w.n_in() * rows < kWorthATeam;
+    if (rows > 1) {
+      float* tiles = tiled_rows_.Reserve(kMatMulRowBlock * w.n_in());
+      constexpr int64_t kPiece = 256;
+      const int64_t pieces = is_small ? 1 : (w.n_in() + kPiece - 1) / kPiece;
+      const int64_t piece = is_small ? w.n_in() : kPiece;
+      team_.For(pieces, [&](int64_t i, int) {
+        isa_.tile_rows(tiles, task.x, task, i * piece, std::min((i + 1) * piece, w.n_in()));
+      });
+      task.x = tiles;
+    }
+    if (is_small) {
+      for (int64_t panel = 0; panel < w.panel_count(); ++panel) panel_kernel(task, panel, scratch);
+    } else {
+      team_.For(w.panel_count(),
+                [&](int64_t panel, int thread) { panel_kernel(task, panel, scratch + thread * kMatMulScratch); });
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace rankwise::kernels

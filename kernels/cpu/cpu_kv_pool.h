@@ -1,0 +1,56 @@
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/memory.h"
+#include "kernels/cpu/thread_team.h"
+
+namespace rankwise::kernels {
+
+// Memory [layer][head][block]{K [head_dim, 16], V [16, padded_dim]}, each tile padded to 64 bytes. A token's K is a
+// column, so that one load holds a dim of sixteen tokens; blocks that follow each other are read as one stream.
+class CpuKvPool : public KvPool {
+ public:
+  // Zeroes every block with the team, so that no step pays for a first touch.
+  static absl::StatusOr<std::unique_ptr<CpuKvPool>> Create(const KvShape& shape, int32_t block_count, ThreadTeam& team);
+
+  const KvShape& shape() const override { return shape_; }
+  int32_t block_count() const override { return block_count_; }
+  int64_t bytes() const override { return shape_.n_layers * head_bytes() * shape_.n_kv_heads_local; }
+  std::vector<int64_t> SaturatedCounts() const override;
+  std::vector<std::byte> BlockBytes(int layer, int32_t block) const override;
+
+  // dim rounded up to whole vectors, the row length of V.
+  int32_t padded_dim() const { return padded_dim_; }
+  int64_t block_bytes() const { return block_bytes_; }
+  int64_t v_offset() const { return v_offset_; }
+  // Block 0 of one layer and head.
+  std::byte* Head(int layer, int head) const {
+    return memory_.get() + (int64_t{layer} * shape_.n_kv_heads_local + head) * head_bytes();
+  }
+  const KvHeadScales& scales(int layer, int head) const { return scales_[layer * shape_.n_kv_heads_local + head]; }
+  void set_scales(std::span<const KvHeadScales> scales) { scales_.assign(scales.begin(), scales.end()); }
+  // Any thread.
+  void AddSaturated(int layer, int64_t count) { saturated_[layer].fetch_add(count, std::memory_order_relaxed); }
+
+ private:
+  CpuKvPool(const KvShape& shape, int32_t block_count);
+  int64_t head_bytes() const { return block_count_ * block_bytes_; }
+
+  const KvShape shape_;
+  const int32_t block_count_;
+  const int32_t element_bytes_;
+  const int32_t padded_dim_;
+  const int64_t v_offset_;
+  const int64_t block_bytes_;
+  std::vector<KvHeadScales> scales_;                   // [n_layers, n_kv_heads_local]
+  std::unique_ptr<std::atomic<int64_t>[]> saturated_;  // [n_layers]
+  Memory memory_;
+};
+
+}  // namespace rankwise::kernels

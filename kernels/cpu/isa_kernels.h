@@ -1,0 +1,117 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/backend.h"
+
+// The boundary between the CPU backend and its vector code, which is compiled once per instruction set. Plain data and
+// function pointers only: an inline function used on both sides could be linked in its AVX-512 form and run on a
+// machine without it.
+namespace rankwise::kernels {
+
+inline constexpr int kPanelColumns = 32;     // output columns of a packed panel: [n_out / 32, n_in, 32]
+inline constexpr int kSumLevels = 7;         // partial sums alive at once in a tree of 64 chunks: log2(64) + 1
+inline constexpr int kMatMulRowBlock = 240;  // rows per pass: 30 KiB of sums per panel and level
+inline constexpr int kMatMulDepth = 128;     // input columns widened to f32 at a time: 16 KiB, half of an L1
+inline constexpr int kSplitTokens = 512;     // attention sums a context in splits of this size, whoever computes them
+inline constexpr int kScoreStride = kSplitTokens + 16;  // floats; off the powers of two that collide in an L1
+inline constexpr int kTileVectors = 32;                 // (row, query head) pairs that share one pass over K and V
+
+// Floats a thread needs for MatMul.
+inline constexpr int64_t kMatMulScratch =
+    int64_t{kSumLevels} * kMatMulRowBlock * kPanelColumns + kMatMulDepth * kPanelColumns;
+
+struct MatMulTask {
+  float* y;             // [row_count, n_out]
+  const float* x;       // tiles of consecutive rows, each [n_in, rows of the tile]
+  int32_t row_count;    // at most kMatMulRowBlock
+  int32_t tile_count;   // tile t covers rows [row_count * t / tile_count, row_count * (t + 1) / tile_count)
+  const void* weights;  // panels
+  int64_t n_out, n_in;
+  const int64_t* boundaries;  // [chunk_count + 1]
+  int32_t chunk_count;
+  const float* bias;  // [n_out] or null
+};
+
+struct RopeAppendTask {
+  float* qkv;
+  int64_t qkv_stride;
+  int32_t n_heads, n_kv_heads, head_dim, padded_dim, rotary_dim;
+  const float *cos, *sin;        // [positions, rotary_dim / 2]
+  const float *q_norm, *k_norm;  // [head_dim] or null
+  float norm_eps;
+  float *k_min, *k_max, *v_min, *v_max;  // [n_kv_heads, head_dim] or all null
+};
+
+// Where one token of one KV head goes.
+struct KvSlot {
+  void* k;  // the block's [head_dim, 16]
+  void* v;  // the block's [16, padded_dim]
+  int32_t slot;
+  KvHeadScales scales;
+};
+
+struct AttentionTask {
+  float* out;
+  const float* qkv;
+  int64_t out_stride, qkv_stride;
+  int32_t group;  // query heads per KV head
+  int32_t head_dim, padded_dim;
+  float score_scale;
+  int32_t sliding_window;
+};
+
+// Consecutive rows of one segment and one KV head, with where that head's blocks lie.
+struct AttentionTile {
+  int64_t row_begin;
+  int32_t row_count;
+  int32_t first_position;
+  const int32_t* block_table;
+  const char* blocks;  // block b: K at blocks + b * block_bytes, V v_offset bytes later
+  int64_t block_bytes, v_offset;
+  int32_t kv_head;
+  KvHeadScales scales;  // of an int8 pool
+};
+
+// Floats of the softmax state of `vectors` (row, head) pairs: maximum, sum and weighted values of each.
+inline constexpr int64_t AttentionStateFloats(int64_t vectors, int64_t padded_dim) {
+  return vectors * (padded_dim + 16);
+}
+inline constexpr int64_t AttentionScratchFloats(int64_t vectors, int64_t padded_dim) {
+  return vectors * (kScoreStride + padded_dim + 16);
+}
+
+struct IsaKernels {
+  const char* name;
+  int matmul_tile_rows;  // most rows of one tile
+
+  // One panel for all rows of the task. Indexed by DType.
+  void (*matmul_panel[3])(const MatMulTask&, int64_t panel, float* scratch);
+  // Input columns [begin, end) of rows [row_count, n_in] into the tiles of MatMulTask::x.
+  void (*tile_rows)(float* tiles, const float* x, const MatMulTask&, int64_t begin, int64_t end);
+
+  void (*widen[3])(float* out, const void* row, int64_t width);
+  void (*add)(float* x, const float* delta, const float* bias, int64_t width);
+  void (*rms_norm)(float* out, const float* x, const float* weight, int64_t width, float eps);
+  void (*silu_mul)(float* out, const float* gate, const float* up, int64_t width);
+
+  // Query heads of KV head `head`, its K and its V in one row. Returns how many values saturated. Indexed by KvFormat.
+  int64_t (*rope_append[3])(const RopeAppendTask&, int64_t row, int32_t position, int32_t head, const KvSlot&);
+
+  // The softmax state of one split alone; vectors whose window misses the split get a sum of 0.
+  void (*attend_split[3])(const AttentionTask&, const AttentionTile&, int32_t split, float* state, float* scratch);
+  // state = state followed by split. Both of the same tile.
+  void (*merge_split)(int64_t vectors, int64_t padded_dim, float* state, const float* split);
+  void (*finish_attention[3])(const AttentionTask&, const AttentionTile&, const float* state);
+
+  // For MeasureMachineLimits: 2 * 16 * kFmaChains operations per iteration; the exclusive or of the words.
+  float (*fma_burst)(int64_t iterations);
+  uint64_t (*read_burst)(const void* data, int64_t bytes);
+};
+
+inline constexpr int kFmaChains = 12;
+
+extern const IsaKernels kAvx2Kernels;
+extern const IsaKernels kAvx512Kernels;
+
+}  // namespace rankwise::kernels

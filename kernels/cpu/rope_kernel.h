@@ -1,0 +1,89 @@
+// Included after row_kernels.h.
+#pragma once
+
+#include "kernels/cpu/isa_kernels.h"
+
+namespace rankwise::kernels::RW_ISA {
+
+// Rotates one head in place: (a, b) -> (fma(a, cos, -(b sin)), fma(b, cos, a sin)), each as written, in f32. The order
+// is the contract of all backends, so that they store the same K.
+inline void RotateHead(float* x, const float* cos, const float* sin, int half) {
+  ForLanes(half, [&](int64_t i, int n) {
+    const Vec a = LoadFirst(x + i, n), b = LoadFirst(x + half + i, n);
+    const Vec c = LoadFirst(cos + i, n), s = LoadFirst(sin + i, n);
+    StoreFirst(x + i, Fma(a, c, Negate(Mul(b, s))), n);
+    StoreFirst(x + half + i, Fma(b, c, Mul(a, s)), n);
+  });
+}
+
+// Sixteen values, the first `count` of which matter, as they are stored. Each returns how many of those saturated.
+inline int64_t Quantize(float* stored, Vec x, int, float, float) {
+  Store(stored, x);
+  return 0;
+}
+inline int64_t Quantize(F16* stored, Vec x, int count, float, float) {
+  const Mask over = And(Less(Set(65519.996f), Abs(x)), Lanes(0, count));
+  // NaN passes: Max and Min give their second argument.
+  StoreF16(stored, Min(Set(65504.0f), Max(Set(-65504.0f), x)));
+  return Count(over);
+}
+inline int64_t Quantize(int8_t* stored, Vec x, int count, float scale, float zero_point) {
+  const Vec q = RoundHalfEven(Div(Sub(x, Set(zero_point)), Set(scale)));
+  const Mask nan = IsNan(q);
+  const Mask over = Or(nan, Or(Less(q, Set(-128.0f)), Less(Set(127.0f), q)));
+  StoreI8(stored, Select(nan, Zero(), Min(Set(127.0f), Max(Set(-128.0f), q))));
+  return Count(And(over, Lanes(0, count)));
+}
+
+// One head's K into the block's columns [head_dim, 16], or V into its rows [16, padded_dim].
+template <typename T>
+int64_t AppendK(const RopeAppendTask& task, const float* k, const KvSlot& to) {
+  T* column = static_cast<T*>(to.k) + to.slot;
+  int64_t saturated = 0;
+  ForLanes(task.head_dim, [&](int64_t i, int n) {
+    T stored[16];
+    saturated += Quantize(stored, LoadFirst(k + i, n), n, to.scales.k_scale, to.scales.k_zero_point);
+    for (int j = 0; j < n; ++j) column[(i + j) * kKvBlockTokens] = stored[j];
+  });
+  return saturated;
+}
+template <typename T>
+int64_t AppendV(const RopeAppendTask& task, const float* v, const KvSlot& to) {
+  T* row = static_cast<T*>(to.v) + int64_t{to.slot} * task.padded_dim;
+  int64_t saturated = 0;
+  ForLanes(task.head_dim, [&](int64_t i, int n) {
+    saturated += Quantize(row + i, LoadFirst(v + i, n), n, to.scales.v_scale, to.scales.v_zero_point);
+  });
+  return saturated;
+}
+
+// NaN leaves both as they are.
+inline void Observe(float* min, float* max, const float* x, int64_t dims) {
+  ForLanes(dims, [&](int64_t i, int n) {
+    const Vec v = LoadFirst(x + i, n);
+    StoreFirst(min + i, Min(v, LoadFirst(min + i, n)), n);
+    StoreFirst(max + i, Max(v, LoadFirst(max + i, n)), n);
+  });
+}
+
+template <typename T>
+int64_t RopeAppendHead(const RopeAppendTask& task, int64_t row, int32_t position, int32_t head, const KvSlot& to) {
+  const int64_t dims = task.head_dim;
+  const int32_t group = task.n_heads / task.n_kv_heads, half = task.rotary_dim / 2;
+  float* q = task.qkv + row * task.qkv_stride + head * group * dims;
+  float* k = task.qkv + row * task.qkv_stride + (task.n_heads + head) * dims;
+  const float* v = k + task.n_kv_heads * dims;
+  for (int32_t h = 0; h <= group; ++h) {
+    float* x = h < group ? q + h * dims : k;
+    const float* norm = h < group ? task.q_norm : task.k_norm;
+    if (norm) RmsNormRow(x, x, norm, dims, task.norm_eps);
+    RotateHead(x, task.cos + int64_t{position} * half, task.sin + int64_t{position} * half, half);
+  }
+  if (task.k_min) {
+    Observe(task.k_min + head * dims, task.k_max + head * dims, k, dims);
+    Observe(task.v_min + head * dims, task.v_max + head * dims, v, dims);
+  }
+  return AppendK<T>(task, k, to) + AppendV<T>(task, v, to);
+}
+
+}  // namespace rankwise::kernels::RW_ISA

@@ -1,0 +1,189 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "kernels/number_formats.h"
+#include "kernels/test_support.h"
+
+namespace rankwise::kernels {
+namespace {
+
+constexpr KvFormat kFormats[] = {KvFormat::kF32, KvFormat::kF16, KvFormat::kInt8};
+
+// Two segments in shuffled blocks, two layers of which the second is written.
+struct Append {
+  AttentionShape shape;
+  KvFormat format;
+  RopeTable rope;
+  std::vector<float> qkv, q_norm, k_norm;
+  std::vector<KvHeadScales> scales;
+  Step step;
+
+  Append(int head_dim, int group, int rotary_dim, KvFormat format, Random& random)
+      : shape{.n_heads_local = 2 * group, .n_kv_heads_local = 2, .head_dim = head_dim, .score_scale = 1},
+        format(format),
+        rope(MakeRope(rotary_dim, 100)) {
+    step.Add(13, 20, {5, 2, 7}).Add(0, 3, {1}).Add(40, 1, {0, 3, 6});
+    qkv = random.Floats(step.row_count() * (2 * group + 4) * head_dim, -2, 2);
+    q_norm = random.Floats(head_dim, 0.5f, 1.5f);
+    k_norm = random.Floats(head_dim, 0.5f, 1.5f);
+    for (int i = 0; i < 4; ++i) {
+      scales.push_back({random.Uniform(0.005f, 0.02f), random.Uniform(-0.5f, 0.5f), random.Uniform(0.005f, 0.02f),
+                        random.Uniform(-0.5f, 0.5f)});
+    }
+  }
+
+  KvObservation EmptyObservation() const {
+    const std::vector<float> low(2 * shape.head_dim, std::numeric_limits<float>::infinity());
+    const std::vector<float> high(2 * shape.head_dim, -std::numeric_limits<float>::infinity());
+    return {.k_min = low, .k_max = high, .v_min = low, .v_max = high};
+  }
+};
+
+struct Result {
+  std::vector<float> qkv;
+  std::vector<std::byte> blocks;
+  std::vector<int64_t> saturated;
+  KvObservation observation;
+};
+
+Result RunOn(const std::string& name, int threads, Append& a, bool has_norm) {
+  const auto backend = MakeBackend(name, threads);
+  auto pool = backend->CreateKvPool(
+      {.n_layers = 2, .n_kv_heads_local = 2, .head_dim = a.shape.head_dim, .format = a.format}, 8);
+  EXPECT_TRUE(pool.ok());
+  if (a.format == KvFormat::kInt8) {
+    EXPECT_TRUE(backend->SetKvScales(**pool, a.scales).ok());
+  }
+  EXPECT_TRUE(backend->BeginStep(a.step.rows()).ok());
+  Guarded qkv(a.qkv);
+  Result result{.observation = a.EmptyObservation()};
+  EXPECT_TRUE(backend
+                  ->RopeAppend(qkv.data(), a.shape, a.rope, has_norm ? a.q_norm.data() : nullptr,
+                               has_norm ? a.k_norm.data() : nullptr, 1e-6f, **pool, 1, &result.observation)
+                  .ok());
+  EXPECT_TRUE(qkv.BandsAreIntact());
+  // K and V of qkv are scratch after the append; Q is the result.
+  const int64_t width = (a.shape.n_heads_local + 4) * a.shape.head_dim,
+                q_width = a.shape.n_heads_local * a.shape.head_dim;
+  for (int64_t row = 0; row < a.step.row_count(); ++row) {
+    result.qkv.insert(result.qkv.end(), qkv.data() + row * width, qkv.data() + row * width + q_width);
+  }
+  for (int layer : {0, 1}) {
+    for (int32_t block = 0; block < 8; ++block) {
+      const auto bytes = (*pool)->BlockBytes(layer, block);
+      result.blocks.insert(result.blocks.end(), bytes.begin(), bytes.end());
+    }
+  }
+  result.saturated = (*pool)->SaturatedCounts();
+  return result;
+}
+
+void ExpectSame(const Result& a, const Result& b) {
+  EXPECT_TRUE(SameBits(a.qkv, b.qkv));
+  EXPECT_TRUE(a.blocks == b.blocks);
+  EXPECT_EQ(a.saturated, b.saturated);
+  EXPECT_EQ(a.observation.k_min, b.observation.k_min);
+  EXPECT_EQ(a.observation.k_max, b.observation.k_max);
+  EXPECT_EQ(a.observation.v_min, b.observation.v_min);
+  EXPECT_EQ(a.observation.v_max, b.observation.v_max);
+}
+
+TEST(KvAppendTest, EveryBackendStoresTheSameBytes) {
+  SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
+  Random random(TestSeed());
+  for (KvFormat format : kFormats) {
+    for (int head_dim : {2, 8, 32, 64, 80, 96, 128, 256}) {
+      for (int rotary_dim : {0, head_dim / 4 * 2, head_dim}) {
+        Append a(head_dim, head_dim == 64 ? 3 : 1, rotary_dim, format, random);
+        const Result expected = RunOn("reference", 1, a, /*has_norm=*/false);
+        for (const std::string& name : InstructionSets()) {
+          for (int threads : {1, 3}) {
+            SCOPED_TRACE(testing::Message()
+                         << name << ", " << threads << " threads, format " << static_cast<int>(format) << ", head_dim "
+                         << head_dim << ", rotary_dim " << rotary_dim);
+            ExpectSame(RunOn(name, threads, a, /*has_norm=*/false), expected);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A norm sums in another order than the reference: instruction sets agree in every bit, the reference within the bound
+// of RmsNorm on each of the two values a rotation mixes, and its own two roundings.
+TEST(KvAppendTest, NormsEachHeadBeforeTheRotation) {
+  Random random(TestSeed());
+  for (int head_dim : {16, 80, 128}) {
+    Append a(head_dim, 2, head_dim, KvFormat::kF32, random);
+    const Result expected = RunOn("reference", 1, a, /*has_norm=*/true);
+    const Result first = RunOn(InstructionSets()[0], 1, a, /*has_norm=*/true);
+    for (const std::string& name : InstructionSets()) ExpectSame(RunOn(name, 2, a, /*has_norm=*/true), first);
+    const double largest = 1.5 * std::sqrt(head_dim);  // |x / rms * weight|
+    const double bound = 2 * (head_dim / 128.0 + 9 + 2) * 0x1p-24 * largest;
+    std::vector<float> k(first.blocks.size() / 4), k_expected(k.size());
+    std::memcpy(k.data(), first.blocks.data(), first.blocks.size());
+    std::memcpy(k_expected.data(), expected.blocks.data(), expected.blocks.size());
+    EXPECT_THAT(first.qkv, testing::Pointwise(testing::FloatNear(static_cast<float>(bound)), expected.qkv));
+    EXPECT_THAT(k, testing::Pointwise(testing::FloatNear(static_cast<float>(bound)), k_expected));
+    EXPECT_NE(first.qkv, RunOn(InstructionSets()[0], 1, a, /*has_norm=*/false).qkv);
+  }
+}
+
+TEST(KvAppendTest, CountsWhatSaturates) {
+  Random random(TestSeed());
+  const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
+  for (const std::string& name : BackendNames()) {
+    for (KvFormat format : kFormats) {
+      Append a(20, 1, 0, format, random);
+      a.scales.assign(4, {.k_scale = 1, .k_zero_point = 0, .v_scale = 1, .v_zero_point = 0});
+      // K starts at 2 heads of 20, V at 4; row 0 is position 13, block 5 being its table's first.
+      a.qkv[40] = nan;
+      a.qkv[41] = 1e9f;
+      a.qkv[59] = -inf;
+      a.qkv[80 + 3] = -128.5f;  // rounds to -128
+      a.qkv[80 + 4] = 127.5f;   // rounds to 128
+      a.qkv[80 + 39] = -70000.0f;
+      const Result result = RunOn(name, 2, a, /*has_norm=*/false);
+      const int64_t expected = format == KvFormat::kInt8 ? 5 : format == KvFormat::kF16 ? 3 : 0;
+      EXPECT_THAT(result.saturated, testing::ElementsAre(0, expected)) << name;
+      if (format != KvFormat::kInt8) continue;
+      // [2 layers][8 blocks][K, V][2 heads][16 tokens][20]
+      const auto at = [&](int v, int head, int dim) {
+        return static_cast<int8_t>(result.blocks[((((8 + 5) * 2 + v) * 2 + head) * 16 + 13) * 20 + dim]);
+      };
+      EXPECT_EQ(at(0, 0, 0), 0);
+      EXPECT_EQ(at(0, 0, 1), 127);
+      EXPECT_EQ(at(0, 0, 19), -128);
+      EXPECT_EQ(at(1, 0, 3), -128);
+      EXPECT_EQ(at(1, 0, 4), 127);
+      EXPECT_EQ(at(1, 1, 19), -128);
+    }
+  }
+}
+
+TEST(KvPoolTest, RefusesBadShapesAndScales) {
+  for (const std::string& name : BackendNames()) {
+    const auto backend = MakeBackend(name);
+    EXPECT_FALSE(backend->CreateKvPool({.n_layers = 0, .n_kv_heads_local = 1, .head_dim = 8}, 4).ok());
+    EXPECT_FALSE(backend->CreateKvPool({.n_layers = 1, .n_kv_heads_local = 1, .head_dim = 8}, 0).ok());
+    auto f16 = *backend->CreateKvPool({.n_layers = 1, .n_kv_heads_local = 2, .head_dim = 8}, 4);
+    EXPECT_FALSE(backend->SetKvScales(*f16, std::vector<KvHeadScales>(2)).ok());
+    auto int8 =
+        *backend->CreateKvPool({.n_layers = 1, .n_kv_heads_local = 2, .head_dim = 8, .format = KvFormat::kInt8}, 4);
+    EXPECT_TRUE(backend->SetKvScales(*int8, std::vector<KvHeadScales>(2)).ok());
+    EXPECT_FALSE(backend->SetKvScales(*int8, std::vector<KvHeadScales>(1)).ok());
+    for (float bad : {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+      std::vector<KvHeadScales> scales(2);
+      scales[1].v_scale = bad;
+      const absl::Status status = backend->SetKvScales(*int8, scales);
+      EXPECT_THAT(std::string(status.message()), testing::HasSubstr("head 1"));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rankwise::kernels

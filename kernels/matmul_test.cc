@@ -1,0 +1,223 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "kernels/test_support.h"
+
+namespace rankwise::kernels {
+namespace {
+
+constexpr double kUnit = 0x1p-24;  // relative error of one f32 rounding
+
+SumTree OneChunk(int64_t n_in) { return {{0, n_in}}; }
+
+// `chunks` pieces of uneven length, some perhaps empty.
+SumTree UnevenChunks(int64_t n_in, int chunks) {
+  SumTree tree;
+  for (int c = 0; c <= chunks; ++c) tree.boundaries.push_back(n_in * c / chunks);
+  return tree;
+}
+
+struct Product {
+  Random random{TestSeed()};
+  int64_t n_out, n_in, rows;
+  HostMatrix weights;
+  std::vector<float> x, bias;
+
+  Product(int64_t n_out, int64_t n_in, int64_t rows, DType dtype, bool is_exact = false)
+      : n_out(n_out),
+        n_in(n_in),
+        rows(rows),
+        weights(is_exact ? random.Ints(n_out * n_in, -9, 9) : random.Floats(n_out * n_in), n_out, dtype),
+        x(is_exact ? random.Ints(rows * n_in, -9, 9) : random.Floats(rows * n_in)),
+        bias(is_exact ? random.Ints(n_out, -9, 9) : random.Floats(n_out)) {}
+
+  std::vector<float> On(Backend& backend, const SumTree& tree, bool has_bias = true) const {
+    const MatrixView view = weights.view();
+    return Multiply(backend, std::span(&view, 1), tree, x, has_bias);
+  }
+
+  std::vector<float> Multiply(Backend& backend, std::span<const MatrixView> blocks, const SumTree& tree,
+                              const std::vector<float>& input, bool has_bias) const {
+    auto packed = backend.Pack(blocks, tree);
+    EXPECT_TRUE(packed.ok()) << packed.status();
+    const int64_t row_count = static_cast<int64_t>(input.size()) / (*packed)->n_in();
+    Guarded y(row_count * n_out);
+    EXPECT_TRUE(backend.MatMul(y.data(), input.data(), row_count, **packed, has_bias ? bias.data() : nullptr).ok());
+    EXPECT_TRUE(y.BandsAreIntact());
+    return y.values();
+  }
+};
+
+// The contract word for word: a scalar fma chain per chunk, added pairwise.
+float ChainedSum(const Product& p, const SumTree& tree, int64_t row, int64_t out) {
+  std::vector<float> sums;
+  for (size_t c = 0; c + 1 < tree.boundaries.size(); ++c) {
+    float sum = 0;
+    for (int64_t k = tree.boundaries[c]; k < tree.boundaries[c + 1]; ++k) {
+      sum = std::fma(p.x[row * p.n_in + k], p.weights.at(out, k), sum);
+    }
+    sums.push_back(sum);
+  }
+  while (sums.size() > 1) {
+    for (size_t i = 0; i < sums.size() / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+    sums.resize(sums.size() / 2);
+  }
+  return sums[0] + p.bias[out];
+}
+
+class MatMulTest : public testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Backends, MatMulTest, testing::ValuesIn(BackendNames()),
+                         [](const auto& i) { return i.param; });
+
+TEST_P(MatMulTest, StaysWithinTheBoundOfItsFormula) {
+  SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
+  const auto backend = MakeBackend(GetParam());
+  for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    for (const auto& [n_out, n_in, rows, chunks] : std::vector<std::array<int64_t, 4>>{
+             {1, 1, 1, 1}, {31, 7, 2, 1}, {32, 128, 3, 4}, {33, 172, 5, 8}, {65, 259, 13, 2}, {97, 300, 14, 64}}) {
+      const Product p(n_out, n_in, rows, dtype);
+      const SumTree tree = UnevenChunks(n_in, static_cast<int>(chunks));
+      const auto y = p.On(*backend, tree);
+      const double roundings = std::ceil(static_cast<double>(n_in) / chunks) + std::log2(chunks) + 2;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t o = 0; o < n_out; ++o) {
+          double exact = p.bias[o], size = std::fabs(p.bias[o]);
+          for (int64_t k = 0; k < n_in; ++k) {
+            const double term = double{p.x[r * n_in + k]} * p.weights.at(o, k);
+            exact += term;
+            size += std::fabs(term);
+          }
+          ASSERT_LE(std::fabs(y[r * n_out + o] - exact), 1.01 * roundings * kUnit * size)
+              << DTypeName(dtype) << " n_out=" << n_out << " n_in=" << n_in << " row " << r << " column " << o;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(MatMulTest, IsExactOnSmallIntegers) {
+  const auto backend = MakeBackend(GetParam());
+  for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    for (int64_t rows : {1, 6, 7, 12, 13, 241}) {
+      const Product p(37, 301, rows, dtype, /*is_exact=*/true);
+      const auto y = p.On(*backend, UnevenChunks(301, 8));
+      for (int64_t i = 0; i < rows * 37; ++i) ASSERT_EQ(y[i], ChainedSum(p, OneChunk(301), i / 37, i % 37)) << i;
+    }
+  }
+}
+
+TEST_P(MatMulTest, StacksBlocksAndWidensMixedOnes) {
+  const auto backend = MakeBackend(GetParam());
+  Product p(40, 19, 3, DType::kF32, /*is_exact=*/true);
+  const auto whole = p.On(*backend, OneChunk(19));
+  std::vector<float> top, bottom;
+  for (int64_t o = 0; o < 40; ++o) {
+    for (int64_t k = 0; k < 19; ++k) (o < 5 ? top : bottom).push_back(p.weights.at(o, k));
+  }
+  for (DType other : {DType::kF32, DType::kF16, DType::kBF16}) {
+    const HostMatrix a(top, 5, DType::kF16), b(bottom, 35, other);
+    const std::vector<MatrixView> blocks = {a.view(), b.view()};
+    EXPECT_EQ(p.Multiply(*backend, blocks, OneChunk(19), p.x, true), whole) << DTypeName(other);
+  }
+}
+
+TEST_P(MatMulTest, TakesNoRows) {
+  const auto backend = MakeBackend(GetParam());
+  EXPECT_TRUE(Product(5, 3, 0, DType::kF16).On(*backend, OneChunk(3)).empty());
+}
+
+TEST_P(MatMulTest, RefusesWhatCannotBePacked) {
+  const auto backend = MakeBackend(GetParam());
+  const HostMatrix matrix(std::vector<float>(6), 2, DType::kF32);
+  const std::vector<MatrixView> blocks = {matrix.view()};
+  for (const auto& [boundaries, word] :
+       std::vector<std::pair<std::vector<int64_t>, std::string>>{{{}, "chunks"},
+                                                                 {{0}, "chunks"},
+                                                                 {{0, 1, 2, 3}, "chunks"},
+                                                                 {{0, 4}, "n_in=3"},
+                                                                 {{0, 2, 1}, "n_in=3"},
+                                                                 {{1, 3}, "n_in=3"}}) {
+    const auto packed = backend->Pack(blocks, {boundaries});
+    ASSERT_FALSE(packed.ok());
+    EXPECT_THAT(std::string(packed.status().message()), testing::HasSubstr(word));
+  }
+  EXPECT_FALSE(backend->Pack({}, OneChunk(3)).ok());
+  const HostMatrix other(std::vector<float>(8), 2, DType::kF32);
+  const std::vector<MatrixView> mixed = {matrix.view(), other.view()};
+  EXPECT_FALSE(backend->Pack(mixed, OneChunk(3)).ok());
+}
+
+class CpuMatMulTest : public testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(InstructionSets, CpuMatMulTest, testing::ValuesIn(InstructionSets()),
+                         [](const auto& i) { return i.param; });
+
+TEST_P(CpuMatMulTest, GivesTheBitsOfTheContractForAnyRowsAndThreads) {
+  SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
+  for (int threads : {1, 2, 3}) {
+    const auto backend = MakeBackend(GetParam(), threads);
+    for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (int chunks : {1, 2, 8, 64}) {
+        for (int64_t rows : {1, 2, 5, 6, 7, 11, 12, 13, 24, 26}) {
+          const Product p(77, 299, rows, dtype);
+          const SumTree tree = UnevenChunks(299, chunks);
+          const auto y = p.On(*backend, tree);
+          for (int64_t i = 0; i < rows * 77; ++i) {
+            ASSERT_EQ(y[i], ChainedSum(p, tree, i / 77, i % 77)) << threads << " threads, " << DTypeName(dtype) << ", "
+                                                                 << chunks << " chunks, " << rows << " rows, " << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(CpuMatMulTest, ARowOfALargeBatchEqualsTheRowAlone) {
+  SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
+  const auto backend = MakeBackend(GetParam(), 2);
+  const Product p(70, 517, 499, DType::kF16);
+  const SumTree tree = UnevenChunks(517, 4);
+  const auto y = p.On(*backend, tree);
+  const MatrixView view = p.weights.view();
+  for (int64_t row : {0, 1, 239, 240, 241, 479, 480, 498}) {
+    const std::vector<float> x(p.x.begin() + row * 517, p.x.begin() + (row + 1) * 517);
+    const std::vector<float> batched(y.begin() + row * 70, y.begin() + (row + 1) * 70);
+    EXPECT_TRUE(SameBits(p.Multiply(*backend, std::span(&view, 1), tree, x, true), batched)) << "row " << row;
+  }
+}
+
+// What tensor parallelism rests on: each rank sums its half of the tree, the all-reduce adds the halves.
+TEST_P(CpuMatMulTest, HalvesOfTheTreeAddUpToTheWhole) {
+  const auto backend = MakeBackend(GetParam(), 2);
+  const Product p(45, 344, 3, DType::kBF16);
+  const SumTree tree = UnevenChunks(344, 8);
+  const auto whole = p.On(*backend, tree, /*has_bias=*/false);
+  const int64_t cut = tree.boundaries[4];
+  std::vector<float> sum(whole.size());
+  for (int half : {0, 1}) {
+    const int64_t begin = half * cut, end = half ? 344 : cut;
+    MatrixView view = p.weights.view();
+    view.data += begin * 2;
+    view.cols = end - begin;
+    SumTree part;
+    for (int c = 0; c <= 4; ++c) part.boundaries.push_back(tree.boundaries[half * 4 + c] - begin);
+    std::vector<float> x;
+    for (int64_t r = 0; r < 3; ++r) x.insert(x.end(), p.x.begin() + r * 344 + begin, p.x.begin() + r * 344 + end);
+    const auto y = p.Multiply(*backend, std::span(&view, 1), part, x, /*has_bias=*/false);
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] = half ? sum[i] + y[i] : y[i];
+  }
+  EXPECT_TRUE(SameBits(sum, whole));
+}
+
+TEST(RandomTest, CoversBothSignsAndDiffers) {
+  Random random(TestSeed());
+  const auto v = random.Floats(1000);
+  EXPECT_THAT(v, testing::Contains(testing::Gt(0.9f)));
+  EXPECT_THAT(v, testing::Contains(testing::Lt(-0.9f)));
+  EXPECT_NE(v[0], v[1]);
+}
+
+}  // namespace
+}  // namespace rankwise::kernels

@@ -1,0 +1,151 @@
+#include "kernels/preconditions.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+
+namespace rankwise::kernels {
+
+int64_t DTypeBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+const char* DTypeName(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "f32";
+    case DType::kF16:
+      return "f16";
+    case DType::kBF16:
+      return "bf16";
+  }
+  return "unknown";
+}
+
+absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const SumTree& tree) {
+  if (blocks.empty()) return absl::InvalidArgumentError("a packed matrix needs at least one block of rows");
+  PackedShape shape{.n_out = 0, .n_in = blocks[0].cols, .dtype = blocks[0].dtype};
+  for (const MatrixView& block : blocks) {
+    if (block.rows < 0 || block.cols < 1 || block.row_stride < block.cols ||
+        (block.rows > 0 && block.data == nullptr)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("not a matrix: rows=", block.rows, " cols=", block.cols, " row_stride=", block.row_stride));
+    }
+    if (block.cols != shape.n_in) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("blocks of one packed matrix have n_in=", shape.n_in, " and n_in=", block.cols));
+    }
+    if (block.dtype != shape.dtype) shape.dtype = DType::kF32;
+    shape.n_out += block.rows;
+  }
+  if (shape.n_out == 0) return absl::InvalidArgumentError("a packed matrix needs at least one row");
+  const auto& bounds = tree.boundaries;
+  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
+  if (chunks < 1 || chunks > kMaxSumChunks || (chunks & (chunks - 1)) != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a sum tree has 1, 2, 4, ... ", kMaxSumChunks, " chunks, not ", chunks));
+  }
+  if (bounds.front() != 0 || bounds.back() != shape.n_in || !std::is_sorted(bounds.begin(), bounds.end())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the boundaries of a sum tree do not rise from 0 to n_in=", shape.n_in));
+  }
+  return shape;
+}
+
+absl::Status CheckKvShape(const KvShape& shape, int32_t block_count) {
+  if (shape.n_layers < 1 || shape.n_kv_heads_local < 1 || shape.head_dim < 1 || block_count < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("not a KV cache: n_layers=", shape.n_layers,
+                                                   " n_kv_heads_local=", shape.n_kv_heads_local,
+                                                   " head_dim=", shape.head_dim, " block_count=", block_count));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckKvScales(const KvShape& shape, std::span<const KvHeadScales> scales) {
+  if (shape.format != KvFormat::kInt8) return absl::FailedPreconditionError("KV scales belong to an int8 cache");
+  const int64_t expected = int64_t{shape.n_layers} * shape.n_kv_heads_local;
+  if (static_cast<int64_t>(scales.size()) != expected) {
+    return absl::InvalidArgumentError(absl::StrCat("got ", scales.size(), " KV scales, expected n_layers=",
+                                                   shape.n_layers, " × n_kv_heads_local=", shape.n_kv_heads_local));
+  }
+  for (int64_t i = 0; i < expected; ++i) {
+    const KvHeadScales& s = scales[i];
+    const bool good = s.k_scale > 0 && s.v_scale > 0 && std::isfinite(s.k_scale) && std::isfinite(s.v_scale) &&
+                      std::isfinite(s.k_zero_point) && std::isfinite(s.v_zero_point);
+    if (!good) {
+      return absl::InvalidArgumentError(absl::StrCat("KV scales of layer ", i / shape.n_kv_heads_local, ", head ",
+                                                     i % shape.n_kv_heads_local, " are unusable: k_scale=", s.k_scale,
+                                                     " k_zero_point=", s.k_zero_point, " v_scale=", s.v_scale,
+                                                     " v_zero_point=", s.v_zero_point));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTokens(std::span<const int32_t> tokens, const EmbeddingTable& table) {
+  for (int32_t token : tokens) {
+    if (token < 0 || token >= table.rows) {
+      return absl::InvalidArgumentError(absl::StrCat("token ", token, " is outside the vocabulary of ", table.rows));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void CheckAttention(const AttentionShape& shape, const KvPool& pool, int layer) {
+  const KvShape& kv = pool.shape();
+  RW_CHECK(shape.n_kv_heads_local == kv.n_kv_heads_local && shape.head_dim == kv.head_dim,
+           absl::StrCat(shape.n_kv_heads_local, " KV heads of ", shape.head_dim, " against a pool of ",
+                        kv.n_kv_heads_local, " of ", kv.head_dim));
+  RW_CHECK(shape.n_heads_local > 0 && shape.n_heads_local % shape.n_kv_heads_local == 0,
+           absl::StrCat("n_heads_local=", shape.n_heads_local));
+  RW_CHECK(layer >= 0 && layer < kv.n_layers, absl::StrCat("layer=", layer));
+  RW_CHECK(shape.sliding_window >= 0, absl::StrCat("sliding_window=", shape.sliding_window));
+}
+
+void CheckRope(const AttentionShape& shape, const RopeTable& rope, const KvObservation* observation) {
+  RW_CHECK(rope.rotary_dim >= 0 && rope.rotary_dim <= shape.head_dim && rope.rotary_dim % 2 == 0,
+           absl::StrCat("rotary_dim=", rope.rotary_dim));
+  const size_t angles = static_cast<size_t>(rope.position_count * (rope.rotary_dim / 2));
+  RW_CHECK(rope.cos.size() == angles && rope.sin.size() == angles, "the rope table has another size than it says");
+  if (observation == nullptr) return;
+  const size_t values = static_cast<size_t>(shape.n_kv_heads_local) * shape.head_dim;
+  for (const auto* v : {&observation->k_min, &observation->k_max, &observation->v_min, &observation->v_max}) {
+    RW_CHECK(v->size() == values, absl::StrCat("an observation holds ", v->size(), " values, not ", values));
+  }
+}
+
+void StepIndex::Build(const StepRows& rows) {
+  rows_ = rows;
+  const int32_t segments = rows.segment_count();
+  RW_CHECK(rows.row_begin.size() == rows.first_position.size() + 1 &&
+           rows.block_table.size() == rows.first_position.size());
+  RW_CHECK(rows.row_begin.front() == 0 && rows.row_begin.back() == rows.row_count());
+  position_.resize(rows.tokens.size());
+  segment_.resize(rows.tokens.size());
+  position_end_ = block_end_ = 0;
+  for (int32_t s = 0; s < segments; ++s) {
+    const int32_t count = rows.row_begin[s + 1] - rows.row_begin[s];
+    const int32_t end = rows.first_position[s] + count;
+    RW_CHECK(count >= 0 && rows.first_position[s] >= 0 && end >= 0, absl::StrCat("segment ", s));
+    if (count == 0) continue;
+    const auto table = rows.block_table[s];
+    const size_t blocks = static_cast<size_t>((end - 1) / kKvBlockTokens) + 1;
+    RW_CHECK(table.size() >= blocks, absl::StrCat("segment ", s, " has ", table.size(), " blocks, needs ", blocks));
+    for (int32_t block : table.first(blocks)) {
+      RW_CHECK(block >= 0, absl::StrCat("block ", block, " of segment ", s));
+      block_end_ = std::max(block_end_, block + 1);
+    }
+    for (int32_t i = 0; i < count; ++i) {
+      position_[rows.row_begin[s] + i] = rows.first_position[s] + i;
+      segment_[rows.row_begin[s] + i] = s;
+    }
+    position_end_ = std::max(position_end_, end);
+  }
+}
+
+void StepIndex::CheckFits(const KvPool& pool) const {
+  RW_CHECK(block_end_ <= pool.block_count(),
+           absl::StrCat("block ", block_end_ - 1, " of a pool of ", pool.block_count()));
+}
+
+}  // namespace rankwise::kernels

@@ -1,0 +1,311 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "kernels/number_formats.h"
+#include "kernels/preconditions.h"
+
+namespace rankwise::kernels {
+namespace {
+
+class ReferenceMatrix : public PackedMatrix {
+ public:
+  ReferenceMatrix(const PackedShape& shape, std::span<const MatrixView> blocks) : shape_(shape) {
+    for (const MatrixView& block : blocks) {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        for (int64_t c = 0; c < block.cols; ++c) {
+          const int64_t offset = (r * block.row_stride + c) * DTypeBytes(block.dtype);
+          values_.push_back(LoadAsFloat(block.data + offset, block.dtype));
+        }
+      }
+    }
+  }
+
+  int64_t n_out() const override { return shape_.n_out; }
+  int64_t n_in() const override { return shape_.n_in; }
+  int64_t bytes() const override { return static_cast<int64_t>(values_.size() * sizeof(float)); }
+  float at(int64_t out, int64_t in) const { return values_[out * shape_.n_in + in]; }
+
+ private:
+  PackedShape shape_;
+  std::vector<float> values_;  // [n_out, n_in]
+};
+
+// Every value in its own cell: K [layer, block, head, token, dim], V likewise.
+class ReferenceKvPool : public KvPool {
+ public:
+  ReferenceKvPool(const KvShape& shape, int32_t block_count)
+      : shape_(shape),
+        block_count_(block_count),
+        scales_(shape.n_layers * shape.n_kv_heads_local),
+        saturated_(shape.n_layers) {
+    element_bytes_ = shape.format == KvFormat::kF32 ? 4 : shape.format == KvFormat::kF16 ? 2 : 1;
+    half_block_bytes_ = int64_t{shape.n_kv_heads_local} * kKvBlockTokens * shape.head_dim * element_bytes_;
+    bytes_.resize(int64_t{shape.n_layers} * block_count * 2 * half_block_bytes_);
+  }
+
+  const KvShape& shape() const override { return shape_; }
+  int32_t block_count() const override { return block_count_; }
+  int64_t bytes() const override { return static_cast<int64_t>(bytes_.size()); }
+  std::vector<int64_t> SaturatedCounts() const override { return saturated_; }
+  std::vector<std::byte> BlockBytes(int layer, int32_t block) const override {
+    const auto begin = bytes_.begin() + (int64_t{layer} * block_count_ + block) * 2 * half_block_bytes_;
+    return {begin, begin + 2 * half_block_bytes_};
+  }
+
+  struct Cell {
+    int layer, head;
+    int32_t block, slot;
+    int dim;
+    bool is_v;
+  };
+
+  void Write(const Cell& cell, float x) {
+    std::byte* to = bytes_.data() + Offset(cell);
+    if (shape_.format == KvFormat::kF32) {
+      std::memcpy(to, &x, sizeof(x));
+    } else if (shape_.format == KvFormat::kF16) {
+      Save(to, QuantizeF16(x), cell.layer);
+    } else {
+      const auto [scale, zero_point] = ScaleOf(cell);
+      Save(to, QuantizeInt8(x, scale, zero_point), cell.layer);
+    }
+  }
+
+  double Read(const Cell& cell) const {
+    const std::byte* from = bytes_.data() + Offset(cell);
+    if (shape_.format == KvFormat::kF32) return LoadAsFloat(from, DType::kF32);
+    if (shape_.format == KvFormat::kF16) return LoadAsFloat(from, DType::kF16);
+    const auto [scale, zero_point] = ScaleOf(cell);
+    return static_cast<double>(static_cast<int8_t>(*from)) * scale + zero_point;
+  }
+
+  void set_scales(std::span<const KvHeadScales> scales) { scales_.assign(scales.begin(), scales.end()); }
+
+ private:
+  int64_t Offset(const Cell& c) const {
+    const int64_t block = (int64_t{c.layer} * block_count_ + c.block) * 2 + c.is_v;
+    const int64_t in_block = (int64_t{c.head} * kKvBlockTokens + c.slot) * shape_.head_dim + c.dim;
+    return block * half_block_bytes_ + in_block * element_bytes_;
+  }
+  std::pair<float, float> ScaleOf(const Cell& c) const {
+    const KvHeadScales& s = scales_[c.layer * shape_.n_kv_heads_local + c.head];
+    return c.is_v ? std::pair(s.v_scale, s.v_zero_point) : std::pair(s.k_scale, s.k_zero_point);
+  }
+  template <typename T>
+  void Save(std::byte* to, Stored<T> stored, int layer) {
+    std::memcpy(to, &stored.value, sizeof(T));
+    saturated_[layer] += stored.saturated;
+  }
+
+  const KvShape shape_;
+  const int32_t block_count_;
+  int64_t element_bytes_, half_block_bytes_;
+  std::vector<KvHeadScales> scales_;  // [n_layers, n_kv_heads_local]
+  std::vector<int64_t> saturated_;    // [n_layers]
+  std::vector<std::byte> bytes_;
+};
+
+void NormRow(float* out, const float* x, const float* weight, int64_t width, float eps) {
+  double sum = 0;
+  for (int64_t i = 0; i < width; ++i) sum += static_cast<double>(x[i]) * x[i];
+  const double factor = 1 / std::sqrt(sum / static_cast<double>(width) + eps);
+  for (int64_t i = 0; i < width; ++i) out[i] = static_cast<float>(x[i] * factor * weight[i]);
+}
+
+// In f32 and in this order by contract, so that every backend stores the same K.
+void RotateHead(float* x, const RopeTable& rope, int64_t position) {
+  const int half = rope.rotary_dim / 2;
+  const float* cos = rope.cos.data() + position * half;
+  const float* sin = rope.sin.data() + position * half;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = std::fma(a, cos[i], -(b * sin[i]));
+    x[i + half] = std::fma(b, cos[i], a * sin[i]);
+  }
+}
+
+void Observe(std::vector<float>& min, std::vector<float>& max, int64_t index, float x) {
+  if (x < min[index]) min[index] = x;
+  if (x > max[index]) max[index] = x;
+}
+
+class ReferenceBackend : public Backend {
+ public:
+  std::string Description() const override { return "reference"; }
+
+  absl::StatusOr<Floats> Allocate(int64_t count) override {
+    return Floats(new (std::align_val_t{64}) float[count](),
+                  [](float* p) { operator delete[](p, std::align_val_t{64}); });
+  }
+  absl::Status CopyToHost(const float* device, std::span<float> host) override {
+    std::copy_n(device, host.size(), host.data());
+    return absl::OkStatus();
+  }
+  absl::Status CopyToDevice(std::span<const float> host, float* device) override {
+    std::copy_n(host.data(), host.size(), device);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
+    RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
+    return std::make_unique<ReferenceMatrix>(shape, blocks);
+  }
+  absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override {
+    RW_RETURN_IF_ERROR(CheckKvShape(shape, block_count));
+    return std::make_unique<ReferenceKvPool>(shape, block_count);
+  }
+  absl::Status SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) override {
+    RW_RETURN_IF_ERROR(CheckKvScales(pool.shape(), scales));
+    static_cast<ReferenceKvPool&>(pool).set_scales(scales);
+    return absl::OkStatus();
+  }
+  absl::Status BeginStep(const StepRows& rows) override {
+    step_.Build(rows);
+    return absl::OkStatus();
+  }
+
+  absl::Status Embed(const EmbeddingTable& table, float* x) override {
+    RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
+    for (int32_t token : step_.rows().tokens) {
+      for (int64_t i = 0; i < table.cols; ++i) {
+        *x++ = LoadAsFloat(table.data + (token * table.row_stride + i) * DTypeBytes(table.dtype), table.dtype);
+      }
+    }
+    return absl::OkStatus();
+  }
+  absl::Status RmsNorm(float* out, const float* x, const float* weight, int64_t width, float eps) override {
+    for (int64_t r = 0; r < step_.row_count(); ++r) NormRow(out + r * width, x + r * width, weight, width, eps);
+    return absl::OkStatus();
+  }
+  absl::Status AddRmsNorm(float* out, float* x, const float* delta, const float* bias, const float* weight,
+                          int64_t width, float eps) override {
+    RW_RETURN_IF_ERROR(Add(x, delta, bias, width));
+    return RmsNorm(out, x, weight, width, eps);
+  }
+  absl::Status Add(float* x, const float* delta, const float* bias, int64_t width) override {
+    for (int64_t i = 0; i < step_.row_count() * width; ++i) {
+      x[i] = static_cast<float>(double{x[i]} + delta[i] + (bias ? bias[i % width] : 0.0));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
+                      const float* bias) override {
+    const auto& w = static_cast<const ReferenceMatrix&>(weights);
+    for (int64_t r = 0; r < row_count; ++r) {
+      for (int64_t o = 0; o < w.n_out(); ++o) {
+        double sum = bias ? bias[o] : 0.0;
+        for (int64_t i = 0; i < w.n_in(); ++i) sum += double{x[r * w.n_in() + i]} * w.at(o, i);
+        y[r * w.n_out() + o] = static_cast<float>(sum);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status RopeAppend(float* qkv, const AttentionShape& shape, const RopeTable& rope, const float* q_norm,
+                          const float* k_norm, float norm_eps, KvPool& pool, int layer,
+                          KvObservation* observation) override {
+    CheckAttention(shape, pool, layer);
+    CheckRope(shape, rope, observation);
+    step_.CheckFits(pool);
+    RW_CHECK(rope.rotary_dim == 0 || step_.position_end() <= rope.position_count);
+    auto& kv = static_cast<ReferenceKvPool&>(pool);
+    const int dims = shape.head_dim, heads = shape.n_heads_local, kv_heads = shape.n_kv_heads_local;
+    for (int64_t row = 0; row < step_.row_count(); ++row) {
+      float* q = qkv + row * (heads + 2 * kv_heads) * dims;
+      for (int h = 0; h < heads + kv_heads; ++h) {
+        const float* norm = h < heads ? q_norm : k_norm;
+        if (norm) NormRow(q + h * dims, q + h * dims, norm, dims, norm_eps);
+        RotateHead(q + h * dims, rope, step_.position(row));
+      }
+      const float* k = q + heads * dims;
+      const float* v = k + kv_heads * dims;
+      for (int64_t i = 0; i < int64_t{kv_heads} * dims; ++i) {
+        ReferenceKvPool::Cell cell{layer,           static_cast<int>(i / dims), step_.block(row),
+                                   step_.slot(row), static_cast<int>(i % dims), false};
+        kv.Write(cell, k[i]);
+        cell.is_v = true;
+        kv.Write(cell, v[i]);
+        if (observation) {
+          Observe(observation->k_min, observation->k_max, i, k[i]);
+          Observe(observation->v_min, observation->v_max, i, v[i]);
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
+                         int layer) override {
+    CheckAttention(shape, pool, layer);
+    step_.CheckFits(pool);
+    const int64_t width = int64_t{shape.n_heads_local} * shape.head_dim;
+    const int64_t qkv_width = width + 2 * int64_t{shape.n_kv_heads_local} * shape.head_dim;
+    for (int64_t row = 0; row < step_.row_count(); ++row) {
+      for (int h = 0; h < shape.n_heads_local; ++h) {
+        AttendHead(out + row * width + h * shape.head_dim, qkv + row * qkv_width + h * shape.head_dim, shape,
+                   static_cast<const ReferenceKvPool&>(pool),
+                   {layer, h / (shape.n_heads_local / shape.n_kv_heads_local)}, row);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status SiluMul(float* out, const float* gate_up, int64_t width) override {
+    for (int64_t r = 0; r < step_.row_count(); ++r) {
+      for (int64_t i = 0; i < width; ++i) {
+        const double gate = gate_up[2 * r * width + i], up = gate_up[(2 * r + 1) * width + i];
+        out[r * width + i] = static_cast<float>(gate / (1 + std::exp(-gate)) * up);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) override {
+    for (int32_t row : picked) {
+      RW_CHECK(row >= 0 && row < step_.row_count());
+      out = std::copy_n(x + row * width, width, out);
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  struct KvHead {
+    int layer, head;
+  };
+
+  void AttendHead(float* out, const float* q, const AttentionShape& shape, const ReferenceKvPool& kv, KvHead of,
+                  int64_t row) {
+    const int32_t last = step_.position(row);
+    const int32_t first = shape.sliding_window > 0 ? std::max(0, last - shape.sliding_window + 1) : 0;
+    const auto table = step_.rows().block_table[step_.segment(row)];
+    const auto read = [&](int32_t position, int dim, bool is_v) {
+      return kv.Read({of.layer, of.head, table[position / kKvBlockTokens], position % kKvBlockTokens, dim, is_v});
+    };
+    std::vector<double> p(last - first + 1), sum(shape.head_dim);
+    for (int32_t t = first; t <= last; ++t) {
+      for (int d = 0; d < shape.head_dim; ++d) p[t - first] += q[d] * read(t, d, false);
+      p[t - first] *= shape.score_scale;
+    }
+    const double max = *std::max_element(p.begin(), p.end());
+    double total = 0;
+    for (double& s : p) total += s = std::exp(s - max);
+    for (int32_t t = first; t <= last; ++t) {
+      for (int d = 0; d < shape.head_dim; ++d) sum[d] += p[t - first] * read(t, d, true);
+    }
+    for (int d = 0; d < shape.head_dim; ++d) out[d] = static_cast<float>(sum[d] / total);
+  }
+
+  StepIndex step_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> CreateReferenceBackend() { return std::make_unique<ReferenceBackend>(); }
+
+}  // namespace rankwise::kernels

@@ -1,0 +1,120 @@
+#include "kernels/test_support.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "base/check.h"
+#include "kernels/number_formats.h"
+
+namespace rankwise::kernels {
+
+std::vector<std::string> InstructionSets() {
+  std::vector<std::string> sets;
+  for (const char* name : {"avx2", "avx512"}) {
+    if (CreateCpuBackend({.threads = 1, .instruction_set = name}).ok()) sets.push_back(name);
+  }
+  return sets;
+}
+
+std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads) {
+  if (name == "reference") return CreateReferenceBackend();
+  auto backend = CreateCpuBackend({.threads = threads, .pin_threads = false, .instruction_set = name});
+  RW_CHECK(backend.ok(), std::string(backend.status().message()));
+  return *std::move(backend);
+}
+
+std::vector<std::string> BackendNames() {
+  std::vector<std::string> names = InstructionSets();
+  names.insert(names.begin(), "reference");
+  return names;
+}
+
+std::vector<float> Random::Floats(int64_t count, float low, float high) {
+  std::vector<float> v(count);
+  for (float& x : v) x = Uniform(low, high);
+  return v;
+}
+
+std::vector<float> Random::Ints(int64_t count, int low, int high) {
+  std::vector<float> v(count);
+  for (float& x : v) x = static_cast<float>(Int(low, high));
+  return v;
+}
+
+uint64_t TestSeed() {
+  const char* seed = std::getenv("RANKWISE_TEST_SEED");
+  return seed ? std::strtoull(seed, nullptr, 10) : 20240917;
+}
+
+Guarded::Guarded(int64_t count) : all_(count + 2 * kBand, std::numeric_limits<float>::quiet_NaN()) {
+  for (int64_t i = 0; i < kBand; ++i) all_[i] = all_[all_.size() - 1 - i] = static_cast<float>(i) - 12345.5f;
+}
+
+Guarded::Guarded(const std::vector<float>& values) : Guarded(static_cast<int64_t>(values.size())) {
+  std::copy(values.begin(), values.end(), data());
+}
+
+bool Guarded::BandsAreIntact() const {
+  for (int64_t i = 0; i < kBand; ++i) {
+    const float expected = static_cast<float>(i) - 12345.5f;
+    if (all_[i] != expected || all_[all_.size() - 1 - i] != expected) return false;
+  }
+  return true;
+}
+
+HostMatrix::HostMatrix(const std::vector<float>& values, int64_t rows, DType dtype)
+    : rows_(rows), cols_(static_cast<int64_t>(values.size()) / rows), stride_(cols_ + 3), dtype_(dtype) {
+  bytes_.resize(1 + rows_ * stride_ * DTypeBytes(dtype), std::byte{0xff});
+  for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i) {
+    std::byte* to = bytes_.data() + 1 + (i / cols_ * stride_ + i % cols_) * DTypeBytes(dtype);
+    if (dtype == DType::kF32) {
+      std::memcpy(to, &values[i], 4);
+    } else {
+      const uint16_t half = dtype == DType::kF16 ? FloatToHalf(values[i])
+                                                 : static_cast<uint16_t>(std::bit_cast<uint32_t>(values[i]) >> 16);
+      std::memcpy(to, &half, 2);
+    }
+  }
+}
+
+MatrixView HostMatrix::view() const {
+  return {.data = bytes_.data() + 1, .dtype = dtype_, .rows = rows_, .cols = cols_, .row_stride = stride_};
+}
+
+float HostMatrix::at(int64_t row, int64_t col) const {
+  return LoadAsFloat(bytes_.data() + 1 + (row * stride_ + col) * DTypeBytes(dtype_), dtype_);
+}
+
+Step& Step::Add(int32_t first_position, int32_t row_count, std::vector<int32_t> block_table) {
+  tokens_.resize(tokens_.size() + row_count);
+  row_begin_.push_back(static_cast<int32_t>(tokens_.size()));
+  first_position_.push_back(first_position);
+  tables_.push_back(std::move(block_table));
+  return *this;
+}
+
+StepRows Step::rows() {
+  table_views_.assign(tables_.begin(), tables_.end());
+  return {.tokens = tokens_, .row_begin = row_begin_, .first_position = first_position_, .block_table = table_views_};
+}
+
+Step PlainStep(int32_t count) {
+  Step step;
+  if (count > 0) step.Add(0, count, std::vector<int32_t>((count + kKvBlockTokens - 1) / kKvBlockTokens));
+  return step;
+}
+
+RopeTable MakeRope(int rotary_dim, int64_t position_count) {
+  RopeTable rope{.rotary_dim = rotary_dim, .position_count = position_count};
+  for (int64_t p = 0; p < position_count; ++p) {
+    for (int i = 0; i < rotary_dim / 2; ++i) {
+      const double angle = static_cast<double>(p) * std::pow(10000.0, -2.0 * i / rotary_dim);
+      rope.cos.push_back(static_cast<float>(std::cos(angle)));
+      rope.sin.push_back(static_cast<float>(std::sin(angle)));
+    }
+  }
+  return rope;
+}
+
+}  // namespace rankwise::kernels
