@@ -1,0 +1,23 @@
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "worker/comm/communicator.h"
+
+// What the communicator suite runs on: communicator_test links the file for threads, communicator_mpi_test the one for
+// MPI.
+namespace rankwise::comm {
+
+struct TestGroup {
+  std::string kind;
+  int size;
+};
+
+std::vector<TestGroup> TestGroups();
+
+// Runs `body` once for each rank of a new group, at the same time.
+void RunOnRanks(const TestGroup& group, const std::function<void(Communicator&)>& body);
+
+}  // namespace rankwise::comm

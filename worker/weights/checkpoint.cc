@@ -1,0 +1,346 @@
+#include "worker/weights/checkpoint.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/check.h"
+#include "base/mapped_file.h"
+#include "base/status_macros.h"
+#include "worker/weights/safetensors.h"
+
+namespace rankwise::weights {
+namespace {
+
+using kernels::DType;
+using kernels::MatrixView;
+using nlohmann::json;
+using shard::Range;
+using shard::ShardPlan;
+
+constexpr size_t kMaxIndexBytes = 64 << 20;
+
+// A family's tensor names; "{}" is the layer.
+struct Names {
+  const char *embedding, *final_norm, *output;
+  const char *attention_norm, *mlp_norm;
+  const char *q, *k, *v, *qkv, *o;  // either q, k, v or the fused qkv
+  const char *q_norm, *k_norm;
+  const char *gate, *up, *down;
+};
+
+constexpr Names kLlamaNames = {
+    .embedding = "model.embed_tokens",
+    .final_norm = "model.norm",
+    .output = "lm_head",
+    .attention_norm = "model.layers.{}.input_layernorm",
+    .mlp_norm = "model.layers.{}.post_attention_layernorm",
+    .q = "model.layers.{}.self_attn.q_proj",
+    .k = "model.layers.{}.self_attn.k_proj",
+    .v = "model.layers.{}.self_attn.v_proj",
+    .qkv = nullptr,
+    .o = "model.layers.{}.self_attn.o_proj",
+    .q_norm = "model.layers.{}.self_attn.q_norm",
+    .k_norm = "model.layers.{}.self_attn.k_norm",
+    .gate = "model.layers.{}.mlp.gate_proj",
+    .up = "model.layers.{}.mlp.up_proj",
+    .down = "model.layers.{}.mlp.down_proj",
+};
+
+constexpr Names kInternLm2Names = {
+    .embedding = "model.tok_embeddings",
+    .final_norm = "model.norm",
+    .output = "output",
+    .attention_norm = "model.layers.{}.attention_norm",
+    .mlp_norm = "model.layers.{}.ffn_norm",
+    .q = nullptr,
+    .k = nullptr,
+    .v = nullptr,
+    .qkv = "model.layers.{}.attention.wqkv",
+    .o = "model.layers.{}.attention.wo",
+    .q_norm = nullptr,
+    .k_norm = nullptr,
+    .gate = "model.layers.{}.feed_forward.w1",
+    .up = "model.layers.{}.feed_forward.w3",
+    .down = "model.layers.{}.feed_forward.w2",
+};
+
+std::string Name(const char* pattern, int layer, const char* kind) {
+  std::string name = pattern;
+  if (const size_t at = name.find("{}"); at != std::string::npos) name.replace(at, 2, absl::StrCat(layer));
+  return absl::StrCat(name, ".", kind);
+}
+
+absl::StatusOr<DType> FloatDType(const std::string& name, const StoredTensor& tensor) {
+  if (tensor.dtype == "F32") return DType::kF32;
+  if (tensor.dtype == "F16") return DType::kF16;
+  if (tensor.dtype == "BF16") return DType::kBF16;
+  return absl::UnimplementedError(absl::StrCat("tensor ", name, " is ", tensor.dtype, ", not F32, F16 or BF16"));
+}
+
+MatrixView RowsOf(const MatrixView& view, Range rows) {
+  MatrixView slice = view;
+  slice.data += rows.begin * view.row_stride * kernels::DTypeBytes(view.dtype);
+  slice.rows = rows.count();
+  return slice;
+}
+
+MatrixView ColumnsOf(const MatrixView& view, Range columns) {
+  MatrixView slice = view;
+  slice.data += columns.begin * kernels::DTypeBytes(view.dtype);
+  slice.cols = columns.count();
+  return slice;
+}
+
+std::vector<float> Floats(const MatrixView& row) {
+  std::vector<float> values(row.cols);
+  for (int64_t i = 0; i < row.cols; ++i) {
+    const std::byte* source = row.data + i * kernels::DTypeBytes(row.dtype);
+    if (row.dtype == DType::kF32) {
+      std::memcpy(&values[i], source, sizeof(float));
+      continue;
+    }
+    uint16_t word = 0;
+    std::memcpy(&word, source, sizeof word);
+    if (row.dtype == DType::kBF16) {
+      const uint32_t bits = uint32_t{word} << 16;
+      std::memcpy(&values[i], &bits, sizeof bits);
+    } else {
+      _Float16 half{};
+      std::memcpy(&half, &word, sizeof half);
+      values[i] = static_cast<float>(half);
+    }
+  }
+  return values;
+}
+
+class HuggingFaceCheckpoint : public Checkpoint {
+ public:
+  absl::Status Load(const std::string& model_dir) {
+    RW_ASSIGN_OR_RETURN(config_, ReadModelConfig(model_dir));
+    names_ = config_.has_fused_qkv ? &kInternLm2Names : &kLlamaNames;
+    RW_RETURN_IF_ERROR(OpenFiles(model_dir));
+    RW_RETURN_IF_ERROR(CheckTensors());
+    fingerprint_ = Fingerprint();
+    return absl::OkStatus();
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const std::string& fingerprint() const override { return fingerprint_; }
+
+  LayerWeights Layer(int layer, const ShardPlan& plan) const override {
+    const int64_t dim = config_.head_dim;
+    LayerWeights weights;
+    weights.attention_norm = Vector(names_->attention_norm, layer, "weight");
+    weights.mlp_norm = Vector(names_->mlp_norm, layer, "weight");
+    weights.qkv = Qkv(layer, plan, "weight");
+    if (config_.has_qkv_bias) {
+      for (const MatrixView& part : Qkv(layer, plan, "bias")) {
+        // A bias seen as a matrix of one column, so that the same slicing serves both.
+        MatrixView row = part;
+        row.cols = part.rows;
+        const std::vector<float> values = Floats(row);
+        weights.qkv_bias.insert(weights.qkv_bias.end(), values.begin(), values.end());
+      }
+    }
+    if (config_.has_qk_norm) {
+      weights.q_norm = Vector(names_->q_norm, layer, "weight");
+      weights.k_norm = Vector(names_->k_norm, layer, "weight");
+    }
+    weights.wo = ColumnsOf(Matrix(names_->o, layer, "weight"), {plan.heads.begin * dim, plan.heads.end * dim});
+    if (config_.has_o_bias) weights.wo_bias = Vector(names_->o, layer, "bias");
+    weights.gate_up = {RowsOf(Matrix(names_->gate, layer, "weight"), plan.intermediate),
+                       RowsOf(Matrix(names_->up, layer, "weight"), plan.intermediate)};
+    weights.w2 = ColumnsOf(Matrix(names_->down, layer, "weight"), plan.intermediate);
+    if (config_.has_mlp_bias) {
+      for (const char* half : {names_->gate, names_->up}) {
+        const std::vector<float> whole = Vector(half, layer, "bias");
+        weights.gate_up_bias.insert(weights.gate_up_bias.end(), whole.begin() + plan.intermediate.begin,
+                                    whole.begin() + plan.intermediate.end);
+      }
+      weights.w2_bias = Vector(names_->down, layer, "bias");
+    }
+    return weights;
+  }
+
+  OuterWeights Outer(const ShardPlan& plan) const override {
+    OuterWeights outer;
+    outer.embedding = Matrix(names_->embedding, 0, "weight");
+    outer.final_norm = Vector(names_->final_norm, 0, "weight");
+    outer.output = RowsOf(config_.is_tied ? outer.embedding : Matrix(names_->output, 0, "weight"), plan.vocab);
+    return outer;
+  }
+
+ private:
+  // Every file of the folder's index, or model.safetensors alone; tensors by name.
+  absl::Status OpenFiles(const std::string& model_dir) {
+    const std::string index_path = model_dir + "/model.safetensors.index.json";
+    if (!std::filesystem::exists(index_path)) {
+      RW_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(model_dir + "/model.safetensors"));
+      files_.push_back(std::move(file));
+      for (const auto& [name, tensor] : files_.back().tensors()) tensors_.emplace(name, tensor);
+      return absl::OkStatus();
+    }
+    RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(index_path, kMaxIndexBytes));
+    const json index = json::parse(text, nullptr, /*allow_exceptions=*/false);
+    if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
+      return absl::InvalidArgumentError(absl::StrCat(index_path, " has no weight_map"));
+    }
+    std::map<std::string, std::set<std::string>> names_in_file;
+    for (const auto& [name, file] : index["weight_map"].items()) {
+      if (!file.is_string()) return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", name, " names no file"));
+      const std::string file_name = file.get<std::string>();
+      if (file_name.empty() || file_name.find('/') != std::string::npos || file_name.front() == '.') {
+        return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", file_name, " is not a plain file name"));
+      }
+      names_in_file[file_name].insert(name);
+    }
+    for (const auto& [file_name, names] : names_in_file) {
+      RW_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(absl::StrCat(model_dir, "/", file_name)));
+      files_.push_back(std::move(file));
+      for (const std::string& name : names) {
+        const auto found = files_.back().tensors().find(name);
+        if (found == files_.back().tensors().end()) {
+          return absl::InvalidArgumentError(absl::StrCat(file_name, " has no tensor ", name, ", as the index says"));
+        }
+        tensors_.emplace(name, found->second);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckTensors() {
+    const int64_t hidden = config_.hidden_size, dim = config_.head_dim, inter = config_.intermediate_size;
+    const int64_t q_rows = config_.n_heads * dim, kv_rows = config_.n_kv_heads * dim;
+    RW_RETURN_IF_ERROR(Require(names_->embedding, 0, "weight", {config_.vocab_size, hidden}));
+    RW_RETURN_IF_ERROR(Require(names_->final_norm, 0, "weight", {hidden}));
+    if (!config_.is_tied) RW_RETURN_IF_ERROR(Require(names_->output, 0, "weight", {config_.vocab_size, hidden}));
+    for (int layer = 0; layer < config_.n_layers; ++layer) {
+      const auto linear = [&](const char* name, int64_t rows, int64_t cols, bool has_bias) -> absl::Status {
+        RW_RETURN_IF_ERROR(Require(name, layer, "weight", {rows, cols}));
+        return has_bias ? Require(name, layer, "bias", {rows}) : absl::OkStatus();
+      };
+      RW_RETURN_IF_ERROR(Require(names_->attention_norm, layer, "weight", {hidden}));
+      RW_RETURN_IF_ERROR(Require(names_->mlp_norm, layer, "weight", {hidden}));
+      if (config_.has_fused_qkv) {
+        RW_RETURN_IF_ERROR(linear(names_->qkv, q_rows + 2 * kv_rows, hidden, config_.has_qkv_bias));
+      } else {
+        RW_RETURN_IF_ERROR(linear(names_->q, q_rows, hidden, config_.has_qkv_bias));
+        RW_RETURN_IF_ERROR(linear(names_->k, kv_rows, hidden, config_.has_qkv_bias));
+        RW_RETURN_IF_ERROR(linear(names_->v, kv_rows, hidden, config_.has_qkv_bias));
+      }
+      RW_RETURN_IF_ERROR(linear(names_->o, hidden, q_rows, config_.has_o_bias));
+      if (config_.has_qk_norm) {
+        RW_RETURN_IF_ERROR(Require(names_->q_norm, layer, "weight", {dim}));
+        RW_RETURN_IF_ERROR(Require(names_->k_norm, layer, "weight", {dim}));
+      }
+      RW_RETURN_IF_ERROR(linear(names_->gate, inter, hidden, config_.has_mlp_bias));
+      RW_RETURN_IF_ERROR(linear(names_->up, inter, hidden, config_.has_mlp_bias));
+      RW_RETURN_IF_ERROR(linear(names_->down, hidden, inter, config_.has_mlp_bias));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Require(const char* pattern, int layer, const char* kind, const std::vector<int64_t>& shape) {
+    const std::string name = Name(pattern, layer, kind);
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " is missing"));
+    const StoredTensor& tensor = found->second;
+    if (tensor.shape != shape) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor ", name, " is ", json(tensor.shape).dump(), ", the configuration asks for ", json(shape).dump()));
+    }
+    RW_ASSIGN_OR_RETURN(const DType dtype, FloatDType(name, tensor));
+    // A vector becomes a column: n rows of one element.
+    matrices_[name] = {.data = tensor.data,
+                       .dtype = dtype,
+                       .rows = shape[0],
+                       .cols = shape.size() == 2 ? shape[1] : 1,
+                       .row_stride = shape.size() == 2 ? shape[1] : 1};
+    return absl::OkStatus();
+  }
+
+  const MatrixView& Matrix(const char* pattern, int layer, const char* kind) const {
+    const auto found = matrices_.find(Name(pattern, layer, kind));
+    RW_CHECK(found != matrices_.end(), Name(pattern, layer, kind));
+    return found->second;
+  }
+
+  std::vector<float> Vector(const char* pattern, int layer, const char* kind) const {
+    MatrixView row = Matrix(pattern, layer, kind);
+    row.cols = row.rows;
+    return Floats(row);
+  }
+
+  // Row blocks: Q of the rank's heads, K, then V of its KV heads.
+  std::vector<MatrixView> Qkv(int layer, const ShardPlan& plan, const char* kind) const {
+    const int64_t dim = config_.head_dim;
+    const auto heads = [dim](const MatrixView& view, Range range) {
+      return RowsOf(view, {range.begin * dim, range.end * dim});
+    };
+    if (!config_.has_fused_qkv) {
+      return {heads(Matrix(names_->q, layer, kind), plan.heads), heads(Matrix(names_->k, layer, kind), plan.kv_heads),
+              heads(Matrix(names_->v, layer, kind), plan.kv_heads)};
+    }
+    // InternLM2: for each KV head its query heads, its key, its value.
+    const MatrixView& fused = Matrix(names_->qkv, layer, kind);
+    const int64_t per_kv = config_.n_heads / config_.n_kv_heads;
+    const auto fused_head = [&](int64_t kv_head, int64_t index) { return kv_head * (per_kv + 2) + index; };
+    std::vector<MatrixView> blocks;
+    for (int64_t head = plan.heads.begin; head < plan.heads.end; ++head) {
+      const int64_t row = fused_head(head / per_kv, head % per_kv);
+      blocks.push_back(heads(fused, {row, row + 1}));
+    }
+    for (const int64_t index : {per_kv, per_kv + 1}) {
+      for (int64_t kv_head = plan.kv_heads.begin; kv_head < plan.kv_heads.end; ++kv_head) {
+        const int64_t row = fused_head(kv_head, index);
+        blocks.push_back(heads(fused, {row, row + 1}));
+      }
+    }
+    return blocks;
+  }
+
+  std::string Fingerprint() const {
+    constexpr int64_t kSampleBytes = 4096;
+    XXH3_state_t* state = XXH3_createState();
+    XXH3_64bits_reset(state);
+    const auto add = [state](const std::string& text) { XXH3_64bits_update(state, text.data(), text.size()); };
+    add(absl::StrCat(config_.model_type, " ", config_.n_heads, " ", config_.n_kv_heads, " ", config_.head_dim, " ",
+                     config_.rms_norm_eps, " ", config_.rope.theta, " ", static_cast<int>(config_.rope.scaling), " ",
+                     config_.rope.factor, " ", config_.max_position));
+    for (const auto& [name, view] : matrices_) {
+      add(absl::StrCat("\n", name, " ", kernels::DTypeName(view.dtype), " ", view.rows, " ", view.cols, " "));
+      const int64_t bytes = view.rows * view.cols * kernels::DTypeBytes(view.dtype);
+      const int64_t sample = std::min(bytes, kSampleBytes);
+      XXH3_64bits_update(state, view.data, sample);
+      XXH3_64bits_update(state, view.data + bytes - sample, sample);
+    }
+    const uint64_t digest = XXH3_64bits_digest(state);
+    XXH3_freeState(state);
+    return absl::StrFormat("%016x", digest);
+  }
+
+  ModelConfig config_;
+  const Names* names_ = nullptr;
+  std::vector<SafetensorsFile> files_;
+  std::map<std::string, StoredTensor> tensors_;
+  std::map<std::string, MatrixView> matrices_;  // those the configuration asks for
+  std::string fingerprint_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& model_dir) {
+  auto checkpoint = std::make_unique<HuggingFaceCheckpoint>();
+  RW_RETURN_IF_ERROR(checkpoint->Load(model_dir));
+  return checkpoint;
+}
+
+}  // namespace rankwise::weights
