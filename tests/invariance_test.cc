@@ -1,0 +1,220 @@
+// The tokens of a request are a pure function of weights, KV format, prompt and sampling. Everything else is varied here and
+// compared with `==`: tokens, and the bits of their log-probabilities.
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <random>
+
+#include "tests/support/test_data.h"
+#include "tests/support/thread_group.h"
+#include "worker/kv/kv_scales.h"
+
+namespace rankwise::testing {
+namespace {
+
+using engine::Request;
+using engine::SequenceId;
+
+// The shipped model with scales wide enough for its K and V: what is tested does not depend on how good they are.
+class InvarianceTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    scales_dir_ = ::testing::TempDir() + "invariance_scales_" + std::to_string(getpid());
+    std::filesystem::create_directories(scales_dir_);
+    auto checkpoint = weights::Checkpoint::Open(SourcePath("launch/demo_model"));
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    const weights::ModelConfig& config = (*checkpoint)->config();
+    kv::KvStatistics statistics{.model_fingerprint = (*checkpoint)->fingerprint(),
+                                .n_layers = config.n_layers,
+                                .n_kv_heads = config.n_kv_heads,
+                                .head_dim = config.head_dim};
+    const size_t count = static_cast<size_t>(config.n_layers) * config.n_kv_heads * config.head_dim;
+    for (size_t i = 0; i < count; ++i) {
+      const float head = static_cast<float>(i / config.head_dim % config.n_kv_heads);
+      statistics.k_min.push_back(-9 - head);
+      statistics.k_max.push_back(8 + head);
+      statistics.v_min.push_back(-4 - head);
+      statistics.v_max.push_back(5 + head);
+    }
+    for (const int tp : {1, 2, 4}) {
+      const std::string folder = scales_dir_ + "/tp" + std::to_string(tp);
+      std::filesystem::create_directories(folder);
+      ASSERT_EQ(kv::WriteKvScales(folder, statistics, tp, kv::Granularity::kHead), absl::OkStatus());
+    }
+  }
+  void TearDown() override { std::filesystem::remove_all(scales_dir_); }
+
+  engine::RankOptions Options(int tp = 1) const {
+    engine::RankOptions options;
+    options.model_dir = SourcePath("launch/demo_model");
+    options.kv = GetParam();
+    options.kv_scales_dir = scales_dir_ + "/tp" + std::to_string(tp);
+    options.max_tokens = 256;
+    options.max_running = 16;
+    options.max_step_rows = 256;
+    options.has_prefix_cache = false;
+    return options;
+  }
+
+  static std::unique_ptr<ThreadGroup> Start(const engine::RankOptions& options, int tp = 1, int threads = 1) {
+    auto group = ThreadGroup::Start(options, tp, threads);
+    EXPECT_TRUE(group.ok()) << group.status();
+    return group.ok() ? *std::move(group) : nullptr;
+  }
+
+  // Sixteen requests of mixed lengths, half greedy, half sampled with every knob turned.
+  static std::vector<Request> Requests() {
+    std::mt19937_64 random(7);
+    std::vector<Request> requests;
+    for (int i = 0; i < 16; ++i) {
+      Request request{.id = SequenceId{static_cast<uint64_t>(i + 1)}};
+      const int length = 1 + static_cast<int>(random() % 90);
+      for (int t = 0; t < length; ++t) request.prompt.push_back(3 + static_cast<int32_t>(random() % 2000));
+      request.sampling = {.max_tokens = 24, .temperature = 0, .ignore_eos = true, .logprobs = 3};
+      if (i % 2 == 1) {
+        request.sampling.temperature = 0.9f;
+        request.sampling.top_p = 0.95f;
+        request.sampling.top_k = 50;
+        request.sampling.repetition_penalty = 1.1f;
+        request.sampling.presence_penalty = 0.2f;
+        request.sampling.seed = random();
+      }
+      if (i % 5 == 0) request.sampling.prompt_logprobs = 2;
+      requests.push_back(std::move(request));
+    }
+    return requests;
+  }
+
+  // Each request alone in a fresh group.
+  std::map<SequenceId, Result> Alone() const {
+    std::map<SequenceId, Result> results;
+    const auto group = Start(Options());
+    for (const Request& request : Requests()) results[request.id] = RunAlone(group->engine(), request);
+    return results;
+  }
+
+  std::string scales_dir_;
+};
+
+TEST_P(InvarianceTest, AloneOrInABatchWithRandomArrivals) {
+  const auto expected = Alone();
+  for (const uint64_t seed : {1, 2, 3}) {
+    const auto group = Start(Options());
+    engine::Engine& engine = group->engine();
+    std::mt19937_64 random(seed);
+    std::vector<Request> waiting = Requests();
+    std::ranges::shuffle(waiting, random);
+    std::map<SequenceId, Result> results;
+    while (!waiting.empty() || engine.has_work()) {
+      while (!waiting.empty() && random() % 3 != 0) {
+        ASSERT_EQ(engine.Submit(waiting.back()), absl::OkStatus());
+        waiting.pop_back();
+      }
+      auto outputs = engine.Step();
+      ASSERT_TRUE(outputs.ok());
+      Collect(*outputs, results);
+    }
+    EXPECT_EQ(results, expected) << "seed " << seed;
+  }
+}
+
+TEST_P(InvarianceTest, AnyChunkSizeAndThreadCount) {
+  const auto expected = Alone();
+  for (const int chunk : {1, 7, 64, 256}) {
+    engine::RankOptions options = Options();
+    options.max_chunk_rows = chunk;
+    const auto group = Start(options, 1, chunk == 7 ? 3 : 2);
+    EXPECT_EQ(RunAll(group->engine(), Requests()), expected) << "chunks of " << chunk;
+  }
+}
+
+TEST_P(InvarianceTest, PreemptedOrNot) {
+  const auto expected = Alone();
+  const auto group = Start(Options());
+  engine::Engine& engine = group->engine();
+  std::map<SequenceId, Result> results;
+  for (const Request& request : Requests()) ASSERT_EQ(engine.Submit(request), absl::OkStatus());
+  std::mt19937_64 random(11);
+  for (int step = 0; engine.has_work(); ++step) {
+    if (step < 60) engine.Preempt(SequenceId{1 + random() % 16});
+    auto outputs = engine.Step();
+    ASSERT_TRUE(outputs.ok());
+    Collect(*outputs, results);
+  }
+  EXPECT_EQ(results, expected);
+  EXPECT_GT(engine.scheduler().load().preemptions, 10);
+}
+
+TEST_P(InvarianceTest, PreemptedForWantOfMemory) {
+  const auto expected = Alone();
+  engine::RankOptions options = Options();
+  const auto probe = Start(options);
+  const int64_t block_bytes = probe->rank().decoder->kv_pool().bytes() / probe->rank().scheduler_options.block_count;
+  options.kv_memory_bytes = 14 * block_bytes;
+  const auto group = Start(options);
+  EXPECT_EQ(RunAll(group->engine(), Requests()), expected);
+  EXPECT_GT(group->engine().scheduler().load().preemptions, 0);
+}
+
+TEST_P(InvarianceTest, PrefixCachedOrNot) {
+  std::vector<Request> requests = Requests();
+  // All share the first prompt's beginning, then differ.
+  Request longest = requests[0];
+  while (longest.prompt.size() < 120) longest.prompt.push_back(5 + static_cast<int32_t>(longest.prompt.size()));
+  for (Request& request : requests) {
+    request.prompt.insert(request.prompt.begin(), longest.prompt.begin(), longest.prompt.end());
+    request.sampling.prompt_logprobs = -1;
+  }
+  engine::RankOptions options = Options();
+  std::map<SequenceId, Result> expected;
+  {
+    const auto group = Start(options);
+    for (const Request& request : requests) expected[request.id] = RunAlone(group->engine(), request);
+  }
+  options.has_prefix_cache = true;
+  const auto group = Start(options);
+  std::map<SequenceId, Result> results;
+  int64_t cached = 0;
+  for (const Request& request : requests) {
+    results[request.id] = RunAlone(group->engine(), request);
+    cached += results[request.id].cached_prompt_tokens;
+  }
+  EXPECT_EQ(results, expected);
+  EXPECT_GE(cached, 15 * 112);
+}
+
+TEST_P(InvarianceTest, ReplayedFromAnyToken) {
+  const auto expected = Alone();
+  const auto group = Start(Options());
+  for (const Request& request : Requests()) {
+    for (const int delivered : {1, 2, 13, 23}) {
+      Request replay = request;
+      const Result& whole = expected.at(request.id);
+      replay.generated.assign(whole.tokens.begin(), whole.tokens.begin() + delivered);
+      const Result result = RunAlone(group->engine(), replay);
+      EXPECT_EQ(result.tokens, whole.tokens) << "replayed from token " << delivered;
+      const std::vector<float> tail(whole.logprobs.begin() + delivered * 4, whole.logprobs.end());
+      EXPECT_EQ(result.logprobs, tail);
+    }
+  }
+}
+
+TEST_P(InvarianceTest, AnyTensorParallelDegree) {
+  if (std::string(GetParam()) == "int8") GTEST_SKIP() << "scales per rank differ with the degree by their nature";
+  const auto expected = Alone();
+  for (const int tp : {1, 2, 4}) {
+    const auto group = Start(Options(tp), tp);
+    EXPECT_EQ(RunAll(group->engine(), Requests()), expected) << "tp " << tp;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(KvFormats, InvarianceTest, ::testing::Values("f32", "f16", "int8", "int8-head"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace rankwise::testing

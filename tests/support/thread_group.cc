@@ -1,0 +1,96 @@
+#include "tests/support/thread_group.h"
+
+#include <gtest/gtest.h>
+
+#include "base/check.h"
+#include "base/status_macros.h"
+
+namespace rankwise::testing {
+
+absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::RankOptions& options, int tp,
+                                                                int threads_per_rank) {
+  auto group = std::unique_ptr<ThreadGroup>(new ThreadGroup());
+  group->communicators_ = comm::CreateThreadCommunicators(tp);
+  group->ranks_.resize(tp);
+  group->follower_status_.resize(tp);
+  for (int r = 0; r < tp; ++r) {
+    RW_ASSIGN_OR_RETURN(auto backend,
+                        kernels::CreateCpuBackend({.threads = threads_per_rank, .pin_threads = false}));
+    group->backends_.push_back(std::move(backend));
+  }
+  std::vector<absl::Status> loaded(tp);
+  {
+    std::vector<std::jthread> loaders;
+    for (int r = 0; r < tp; ++r) {
+      loaders.emplace_back([&, r] {
+        auto rank = engine::LoadRank(options, *group->backends_[r], *group->communicators_[r]);
+        loaded[r] = rank.status();
+        if (rank.ok()) group->ranks_[r] = *std::move(rank);
+      });
+    }
+  }
+  for (const absl::Status& status : loaded) RW_RETURN_IF_ERROR(status);
+  engine::Rank& lead = group->ranks_[0];
+  group->engine_ =
+      std::make_unique<engine::Engine>(lead.scheduler_options, *lead.executor, *group->communicators_[0],
+                                       lead.decoder->config().eos_ids, options.collective_timeout);
+  for (int r = 1; r < tp; ++r) {
+    group->followers_.emplace_back([raw = group.get(), r, timeout = options.collective_timeout] {
+      raw->follower_status_[r] = engine::Follow(*raw->ranks_[r].executor, *raw->communicators_[r], timeout,
+                                                [r] { return "rank " + std::to_string(r); });
+    });
+  }
+  return group;
+}
+
+ThreadGroup::~ThreadGroup() {
+  if (engine_ == nullptr) return;
+  engine_->scheduler().CheckInvariants();
+  EXPECT_EQ(engine_->Stop(), absl::OkStatus());
+  followers_.clear();
+  for (const absl::Status& status : follower_status_) EXPECT_EQ(status, absl::OkStatus());
+}
+
+void Collect(const std::vector<engine::Output>& outputs, std::map<engine::SequenceId, Result>& results) {
+  const auto append = [](const std::vector<engine::SampledToken>& tokens, std::vector<float>& logprobs) {
+    for (const engine::SampledToken& token : tokens) {
+      logprobs.push_back(token.logprob);
+      for (const engine::Candidate& candidate : token.top) logprobs.push_back(candidate.logprob);
+    }
+  };
+  for (const engine::Output& output : outputs) {
+    Result& result = results[output.id];
+    if (!output.error.ok()) {
+      result.error = output.error;
+      continue;
+    }
+    RW_CHECK(output.token_offset == static_cast<int32_t>(result.tokens.size()), "a token is repeated or missing");
+    for (const engine::SampledToken& token : output.tokens) result.tokens.push_back(token.id);
+    append(output.tokens, result.logprobs);
+    append(output.prompt_logprobs, result.prompt_logprobs);
+    result.reason = output.reason;
+    if (output.reason != engine::FinishReason::kNone) result.cached_prompt_tokens = output.cached_prompt_tokens;
+  }
+}
+
+std::map<engine::SequenceId, Result> RunAll(engine::Engine& engine, const std::vector<engine::Request>& requests) {
+  std::map<engine::SequenceId, Result> results;
+  for (const engine::Request& request : requests) {
+    results[request.id].tokens = request.generated;
+    const absl::Status admitted = engine.Submit(request);
+    if (!admitted.ok()) results[request.id].error = admitted;
+  }
+  while (engine.has_work()) {
+    auto outputs = engine.Step();
+    RW_CHECK(outputs.ok(), std::string(outputs.status().message()));
+    Collect(*outputs, results);
+    engine.scheduler().CheckInvariants();
+  }
+  return results;
+}
+
+Result RunAlone(engine::Engine& engine, const engine::Request& request) {
+  return RunAll(engine, {request}).at(request.id);
+}
+
+}  // namespace rankwise::testing

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/comm/communicator.h"
+#include "worker/engine/engine.h"
+#include "worker/engine/rank.h"
+
+namespace rankwise::testing {
+
+// A whole worker group in one process: the ranks are threads, joined by a thread communicator. Rank 0's engine is the caller's.
+class ThreadGroup {
+ public:
+  static absl::StatusOr<std::unique_ptr<ThreadGroup>> Start(const engine::RankOptions& options, int tp,
+                                                            int threads_per_rank = 1);
+  // Ends the followers and checks that they ended well and that the scheduler's books balance.
+  ~ThreadGroup();
+
+  engine::Engine& engine() { return *engine_; }
+  const engine::Rank& rank() const { return ranks_[0]; }
+
+ private:
+  ThreadGroup() = default;
+
+  std::vector<std::unique_ptr<comm::Communicator>> communicators_;
+  std::vector<std::unique_ptr<kernels::Backend>> backends_;
+  std::vector<engine::Rank> ranks_;
+  std::unique_ptr<engine::Engine> engine_;
+  std::vector<std::jthread> followers_;
+  std::vector<absl::Status> follower_status_;
+};
+
+// All that a request produced; `==` compares every bit, log-probabilities included.
+struct Result {
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs;         // of each token, then of its alternatives
+  std::vector<float> prompt_logprobs;  // likewise
+  engine::FinishReason reason = engine::FinishReason::kNone;
+  int32_t cached_prompt_tokens = 0;
+  absl::Status error;
+  bool operator==(const Result& other) const {
+    return tokens == other.tokens && logprobs == other.logprobs && prompt_logprobs == other.prompt_logprobs &&
+           reason == other.reason && error == other.error;
+  }
+};
+
+// Adds a step's outputs to `results`, checking that no token is repeated or missing.
+void Collect(const std::vector<engine::Output>& outputs, std::map<engine::SequenceId, Result>& results);
+
+// Submits all requests and steps until they are done.
+std::map<engine::SequenceId, Result> RunAll(engine::Engine& engine, const std::vector<engine::Request>& requests);
+Result RunAlone(engine::Engine& engine, const engine::Request& request);
+
+}  // namespace rankwise::testing

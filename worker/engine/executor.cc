@@ -1,0 +1,60 @@
+#include "worker/engine/executor.h"
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+
+namespace rankwise::engine {
+
+Executor::Executor(model::Decoder& decoder, const StepLimits& limits)
+    : decoder_(decoder), limits_(limits), block_tables_(limits.slot_count) {
+  for (auto& table : block_tables_) {
+    table.reserve((limits.max_positions + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens);
+  }
+}
+
+absl::Status Executor::ApplyTables(const StepPlan& plan) {
+  for (const int32_t slot : plan.cleared_slots) block_tables_[slot].clear();
+  for (const StepSegment& segment : plan.segments) {
+    auto& table = block_tables_[segment.slot];
+    table.insert(table.end(), segment.new_blocks.begin(), segment.new_blocks.end());
+    const auto end = segment.first_position + static_cast<int64_t>(segment.tokens.size());
+    const auto room = static_cast<int64_t>(table.size()) * kernels::kKvBlockTokens;
+    if (end > room) {
+      return absl::FailedPreconditionError(absl::StrCat("step ", plan.step, ": slot ", segment.slot, " has blocks for ",
+                                                        room, " positions, its rows end at ", end));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink) {
+  RW_RETURN_IF_ERROR(ApplyTables(plan));
+  tokens_.clear();
+  row_begin_.assign(1, 0);
+  first_position_.clear();
+  logit_rows_.clear();
+  logit_origin_.clear();
+  segment_tables_.clear();
+  for (size_t s = 0; s < plan.segments.size(); ++s) {
+    const StepSegment& segment = plan.segments[s];
+    const auto count = static_cast<int32_t>(segment.tokens.size());
+    const int32_t first_wanted = segment.logits == LogitsNeed::kAll ? 0 : count - (segment.logits == LogitsNeed::kLast);
+    for (int32_t i = first_wanted; i < count; ++i) {
+      logit_rows_.push_back(row_begin_.back() + i);
+      logit_origin_.emplace_back(static_cast<int32_t>(s), segment.first_position + i);
+    }
+    tokens_.insert(tokens_.end(), segment.tokens.begin(), segment.tokens.end());
+    row_begin_.push_back(static_cast<int32_t>(tokens_.size()));
+    first_position_.push_back(segment.first_position);
+    segment_tables_.push_back(block_tables_[segment.slot]);
+  }
+  const kernels::StepRows rows{.tokens = tokens_,
+                               .row_begin = row_begin_,
+                               .first_position = first_position_,
+                               .block_table = segment_tables_};
+  return decoder_.Forward(rows, logit_rows_, [&](int32_t i, std::span<float> logits) {
+    return sink(logit_origin_[i].first, logit_origin_[i].second, logits);
+  });
+}
+
+}  // namespace rankwise::engine

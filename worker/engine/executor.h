@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "proto/step_plan.h"
+#include "worker/model/decoder.h"
+
+namespace rankwise::engine {
+
+// Carries out step plans on one rank: keeps the block table of each slot and feeds the decoder. Every rank of a group executes
+// the same plans in the same order.
+class Executor {
+ public:
+  Executor(model::Decoder& decoder, const StepLimits& limits);
+
+  // Logits of one row on rank 0: the segment's index in the plan and the row's position in its sequence.
+  using LogitsSink = std::function<absl::Status(int32_t segment, int32_t position, std::span<float> logits)>;
+
+  // Requires a plan of kind kRun that passed DecodeStepPlan. FailedPrecondition when a segment's rows do not follow from its
+  // slot's history (a row without a block): rank 0 and this rank disagree, and the group must end.
+  absl::Status Execute(const StepPlan& plan, const LogitsSink& sink);
+
+  const StepLimits& limits() const { return limits_; }
+
+ private:
+  absl::Status ApplyTables(const StepPlan& plan);
+
+  model::Decoder& decoder_;
+  const StepLimits limits_;
+  std::vector<std::vector<int32_t>> block_tables_;  // [slots], each reserved to its largest size
+
+  // Scratch of one step.
+  std::vector<int32_t> tokens_, row_begin_, first_position_, logit_rows_;
+  std::vector<std::pair<int32_t, int32_t>> logit_origin_;  // segment, position
+  std::vector<std::span<const int32_t>> segment_tables_;
+};
+
+}  // namespace rankwise::engine

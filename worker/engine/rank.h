@@ -1,0 +1,55 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "worker/comm/communicator.h"
+#include "worker/engine/executor.h"
+#include "worker/model/decoder.h"
+#include "worker/scheduler/scheduler.h"
+#include "worker/weights/checkpoint.h"
+
+namespace rankwise::engine {
+
+// The KV formats of the command line: "f32", "f16", "int8" (one scale per layer and rank), "int8-head" (one per KV head).
+struct KvChoice {
+  kernels::KvFormat format = kernels::KvFormat::kF16;
+  bool is_per_head = false;
+};
+absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name);
+
+struct RankOptions {
+  std::string model_dir;
+  std::string kv = "f16";
+  std::string kv_scales_dir;     // required by int8 and int8-head
+  int64_t kv_memory_bytes = 0;   // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
+  int32_t max_tokens = 0;        // prompt + generated of one sequence; 0: the model's context, at most 16384
+  int32_t max_running = 64;
+  int32_t max_step_rows = 512;
+  int32_t max_chunk_rows = 512;
+  int32_t max_waiting = 1024;
+  bool has_prefix_cache = true;
+  bool observes_kv = false;      // calibration: K and V ranges are kept; needs kv f32 and no prefix cache
+  absl::Duration collective_timeout = absl::Seconds(60);
+};
+
+// Everything one rank owns between its files and its engine: checkpoint, slice, cache, executor.
+struct Rank {
+  std::unique_ptr<weights::Checkpoint> checkpoint;
+  std::unique_ptr<model::Decoder> decoder;
+  std::unique_ptr<Executor> executor;
+  scheduler::SchedulerOptions scheduler_options;
+  std::string kv_scales_id;
+};
+
+// Collective: loads this rank's slice. If any rank fails, all return an error: the failing ranks' own, joined. All ranks
+// agree on the smallest block count. Borrows backend and communicator.
+absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& backend, comm::Communicator& communicator);
+
+// Collective: OK when every rank is; otherwise the first failing rank's error, its message naming all that failed.
+absl::Status AgreeOnStatus(const absl::Status& own, comm::Communicator& communicator, absl::Duration timeout);
+
+}  // namespace rankwise::engine

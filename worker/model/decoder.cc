@@ -1,0 +1,258 @@
+#include "worker/model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "worker/model/rope_table.h"
+
+namespace rankwise::model {
+namespace {
+
+using kernels::Backend;
+
+// Rows whose logits are computed at once: enough for a whole decode batch to share one pass over the output matrix.
+constexpr int32_t kLogitRows = 64;
+
+kernels::SumTree OneChunk(int64_t n_in) { return {.boundaries = {0, n_in}}; }
+
+int64_t ScalarBytes(kernels::KvFormat format) {
+  switch (format) {
+    case kernels::KvFormat::kF32: return 4;
+    case kernels::KvFormat::kF16: return 2;
+    case kernels::KvFormat::kInt8: return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t KvBlockBytes(const kernels::KvShape& shape) {
+  return int64_t{2} * shape.n_layers * shape.n_kv_heads_local * shape.head_dim * kernels::kKvBlockTokens *
+         ScalarBytes(shape.format);
+}
+
+Decoder::Decoder(const weights::ModelConfig& config, const shard::ShardPlan& plan, Backend& backend,
+                 comm::Communicator& communicator, const DecoderOptions& options)
+    : config_(config),
+      plan_(plan),
+      options_(options),
+      backend_(backend),
+      communicator_(communicator),
+      attention_{.n_heads_local = static_cast<int>(plan.heads.count()),
+                 .n_kv_heads_local = static_cast<int>(plan.kv_heads.count()),
+                 .head_dim = config.head_dim,
+                 .score_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.head_dim)))},
+      rope_(MakeRopeTable(config.rope, options.max_positions)),
+      final_norm_(nullptr, nullptr),
+      x_(nullptr, nullptr),
+      normed_(nullptr, nullptr),
+      qkv_(nullptr, nullptr),
+      attended_(nullptr, nullptr),
+      delta_(nullptr, nullptr),
+      gate_up_(nullptr, nullptr),
+      activated_(nullptr, nullptr),
+      picked_(nullptr, nullptr),
+      logits_local_(nullptr, nullptr) {}
+
+absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const weights::Checkpoint& checkpoint,
+                                                         const shard::ShardPlan& plan, Backend& backend,
+                                                         comm::Communicator& communicator,
+                                                         const DecoderOptions& options) {
+  RW_CHECK(plan.rank == communicator.rank() && plan.world_size == communicator.size());
+  auto decoder =
+      std::unique_ptr<Decoder>(new Decoder(checkpoint.config(), plan, backend, communicator, options));
+  RW_RETURN_IF_ERROR(decoder->Load(checkpoint));
+  RW_RETURN_IF_ERROR(decoder->TakeBuffers());
+  return decoder;
+}
+
+absl::StatusOr<Backend::Floats> Decoder::Upload(const std::vector<float>& host) {
+  if (host.empty()) return Backend::Floats(nullptr, nullptr);
+  RW_ASSIGN_OR_RETURN(Backend::Floats device, backend_.Allocate(static_cast<int64_t>(host.size())));
+  RW_RETURN_IF_ERROR(backend_.CopyToDevice(host, device.get()));
+  return device;
+}
+
+absl::Status Decoder::Load(const weights::Checkpoint& checkpoint) {
+  const weights::OuterWeights outer = checkpoint.Outer(plan_);
+  embedding_ = outer.embedding;
+  RW_ASSIGN_OR_RETURN(final_norm_, Upload(outer.final_norm));
+  RW_ASSIGN_OR_RETURN(output_, backend_.Pack(std::span(&outer.output, 1), OneChunk(config_.hidden_size)));
+  layers_.reserve(config_.n_layers);
+  for (int i = 0; i < config_.n_layers; ++i) RW_RETURN_IF_ERROR(LoadLayer(checkpoint, i));
+
+  const kernels::KvShape shape{.n_layers = config_.n_layers,
+                               .n_kv_heads_local = attention_.n_kv_heads_local,
+                               .head_dim = config_.head_dim,
+                               .format = options_.kv_format};
+  RW_ASSIGN_OR_RETURN(kv_pool_, backend_.CreateKvPool(shape, options_.block_count));
+  if (options_.kv_format == kernels::KvFormat::kInt8) {
+    RW_RETURN_IF_ERROR(backend_.SetKvScales(*kv_pool_, options_.kv_scales));
+  }
+  if (options_.observes_kv) {
+    const size_t count = static_cast<size_t>(attention_.n_kv_heads_local) * config_.head_dim;
+    const std::vector<float> highest(count, std::numeric_limits<float>::infinity());
+    const std::vector<float> lowest(count, -std::numeric_limits<float>::infinity());
+    observations_.assign(config_.n_layers, {.k_min = highest, .k_max = lowest, .v_min = highest, .v_max = lowest});
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::LoadLayer(const weights::Checkpoint& checkpoint, int index) {
+  const weights::LayerWeights source = checkpoint.Layer(index, plan_);
+  const kernels::SumTree hidden = OneChunk(config_.hidden_size);
+  const kernels::SumTree wo_tree{.boundaries = plan_.wo_boundaries};
+  const kernels::SumTree w2_tree{.boundaries = plan_.w2_boundaries};
+  RW_ASSIGN_OR_RETURN(auto attention_norm, Upload(source.attention_norm));
+  RW_ASSIGN_OR_RETURN(auto mlp_norm, Upload(source.mlp_norm));
+  RW_ASSIGN_OR_RETURN(auto qkv_bias, Upload(source.qkv_bias));
+  RW_ASSIGN_OR_RETURN(auto q_norm, Upload(source.q_norm));
+  RW_ASSIGN_OR_RETURN(auto k_norm, Upload(source.k_norm));
+  RW_ASSIGN_OR_RETURN(auto wo_bias, Upload(source.wo_bias));
+  RW_ASSIGN_OR_RETURN(auto gate_up_bias, Upload(source.gate_up_bias));
+  RW_ASSIGN_OR_RETURN(auto w2_bias, Upload(source.w2_bias));
+  RW_ASSIGN_OR_RETURN(auto qkv, backend_.Pack(source.qkv, hidden));
+  RW_ASSIGN_OR_RETURN(auto wo, backend_.Pack(std::span(&source.wo, 1), wo_tree));
+  RW_ASSIGN_OR_RETURN(auto gate_up, backend_.Pack(source.gate_up, hidden));
+  RW_ASSIGN_OR_RETURN(auto w2, backend_.Pack(std::span(&source.w2, 1), w2_tree));
+  layers_.push_back({.attention_norm = std::move(attention_norm),
+                     .mlp_norm = std::move(mlp_norm),
+                     .qkv_bias = std::move(qkv_bias),
+                     .q_norm = std::move(q_norm),
+                     .k_norm = std::move(k_norm),
+                     .wo_bias = std::move(wo_bias),
+                     .gate_up_bias = std::move(gate_up_bias),
+                     .w2_bias = std::move(w2_bias),
+                     .qkv = std::move(qkv),
+                     .wo = std::move(wo),
+                     .gate_up = std::move(gate_up),
+                     .w2 = std::move(w2)});
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::TakeBuffers() {
+  const int64_t rows = options_.max_rows;
+  const int64_t heads_width = plan_.heads.count() * config_.head_dim;
+  const int64_t qkv_width = heads_width + 2 * plan_.kv_heads.count() * config_.head_dim;
+  RW_ASSIGN_OR_RETURN(x_, backend_.Allocate(rows * config_.hidden_size));
+  RW_ASSIGN_OR_RETURN(normed_, backend_.Allocate(rows * config_.hidden_size));
+  RW_ASSIGN_OR_RETURN(delta_, backend_.Allocate(rows * config_.hidden_size));
+  RW_ASSIGN_OR_RETURN(qkv_, backend_.Allocate(rows * qkv_width));
+  RW_ASSIGN_OR_RETURN(attended_, backend_.Allocate(rows * heads_width));
+  RW_ASSIGN_OR_RETURN(gate_up_, backend_.Allocate(rows * 2 * plan_.intermediate.count()));
+  RW_ASSIGN_OR_RETURN(activated_, backend_.Allocate(rows * plan_.intermediate.count()));
+  RW_ASSIGN_OR_RETURN(picked_, backend_.Allocate(kLogitRows * config_.hidden_size));
+  RW_ASSIGN_OR_RETURN(logits_local_, backend_.Allocate(kLogitRows * plan_.vocab.count()));
+  part_.resize(kLogitRows * plan_.vocab.count());
+  for (int rank = 0; rank < plan_.world_size; ++rank) {
+    RW_ASSIGN_OR_RETURN(const shard::ShardPlan other,
+                        shard::PlanShard(config_.dims(), {.rank = rank, .world_size = plan_.world_size}));
+    vocab_counts_.push_back(other.vocab.count());
+  }
+  if (plan_.rank == 0) {
+    gathered_.resize(plan_.world_size > 1 ? kLogitRows * config_.vocab_size : 0);
+    logits_.resize(config_.vocab_size);
+  }
+  return absl::OkStatus();
+}
+
+int64_t Decoder::weight_bytes() const {
+  int64_t bytes = output_->bytes();
+  for (const Layer& layer : layers_) {
+    bytes += layer.qkv->bytes() + layer.wo->bytes() + layer.gate_up->bytes() + layer.w2->bytes();
+  }
+  return bytes;
+}
+
+int64_t Decoder::multiply_adds() const {
+  int64_t count = 0;
+  for (const Layer& layer : layers_) {
+    for (const auto* matrix : {layer.qkv.get(), layer.wo.get(), layer.gate_up.get(), layer.w2.get()}) {
+      count += matrix->n_in() * matrix->n_out();
+    }
+  }
+  return count;
+}
+
+int64_t Decoder::output_multiply_adds() const { return output_->n_in() * output_->n_out(); }
+
+absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
+                              const LogitsSink& sink) {
+  RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
+  RW_RETURN_IF_ERROR(backend_.BeginStep(rows));
+  RW_RETURN_IF_ERROR(backend_.Embed(embedding_, x_.get()));
+  RW_RETURN_IF_ERROR(backend_.RmsNorm(normed_.get(), x_.get(), layers_.front().attention_norm.get(),
+                                      config_.hidden_size, config_.rms_norm_eps));
+  for (int i = 0; i < config_.n_layers; ++i) RW_RETURN_IF_ERROR(RunLayer(i, rows.row_count()));
+  return EmitLogits(logit_rows, sink);
+}
+
+// Reads `normed`, leaves the next layer's input (or the output matrix's) there.
+absl::Status Decoder::RunLayer(int index, int32_t row_count) {
+  const Layer& layer = layers_[index];
+  const float eps = config_.rms_norm_eps;
+  kernels::AttentionShape shape = attention_;
+  shape.sliding_window = config_.sliding_window[index];
+  kernels::KvObservation* observation = observations_.empty() ? nullptr : &observations_[index];
+  const float* next_norm =
+      index + 1 < config_.n_layers ? layers_[index + 1].attention_norm.get() : final_norm_.get();
+
+  RW_RETURN_IF_ERROR(backend_.MatMul(qkv_.get(), normed_.get(), row_count, *layer.qkv, layer.qkv_bias.get()));
+  RW_RETURN_IF_ERROR(backend_.RopeAppend(qkv_.get(), shape, rope_, layer.q_norm.get(), layer.k_norm.get(), eps,
+                                         *kv_pool_, index, observation));
+  RW_RETURN_IF_ERROR(backend_.Attention(attended_.get(), qkv_.get(), shape, *kv_pool_, index));
+  RW_RETURN_IF_ERROR(backend_.MatMul(delta_.get(), attended_.get(), row_count, *layer.wo, nullptr));
+  RW_RETURN_IF_ERROR(ReduceDelta(row_count));
+  RW_RETURN_IF_ERROR(backend_.AddRmsNorm(normed_.get(), x_.get(), delta_.get(), layer.wo_bias.get(),
+                                         layer.mlp_norm.get(), config_.hidden_size, eps));
+  RW_RETURN_IF_ERROR(
+      backend_.MatMul(gate_up_.get(), normed_.get(), row_count, *layer.gate_up, layer.gate_up_bias.get()));
+  RW_RETURN_IF_ERROR(backend_.SiluMul(activated_.get(), gate_up_.get(), plan_.intermediate.count()));
+  RW_RETURN_IF_ERROR(backend_.MatMul(delta_.get(), activated_.get(), row_count, *layer.w2, nullptr));
+  RW_RETURN_IF_ERROR(ReduceDelta(row_count));
+  return backend_.AddRmsNorm(normed_.get(), x_.get(), delta_.get(), layer.w2_bias.get(), next_norm,
+                             config_.hidden_size, eps);
+}
+
+absl::Status Decoder::ReduceDelta(int32_t row_count) {
+  return communicator_.AllReduceSum({delta_.get(), static_cast<size_t>(row_count * config_.hidden_size)},
+                                    options_.collective_timeout);
+}
+
+absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const LogitsSink& sink) {
+  const int64_t vocab = config_.vocab_size, vocab_local = plan_.vocab.count();
+  for (size_t begin = 0; begin < logit_rows.size(); begin += kLogitRows) {
+    const auto rows = logit_rows.subspan(begin, std::min<size_t>(kLogitRows, logit_rows.size() - begin));
+    const auto count = static_cast<int32_t>(rows.size());
+    RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), rows, config_.hidden_size));
+    RW_RETURN_IF_ERROR(backend_.MatMul(logits_local_.get(), picked_.get(), count, *output_, nullptr));
+    const std::span<float> part(part_.data(), count * vocab_local);
+    RW_RETURN_IF_ERROR(backend_.CopyToHost(logits_local_.get(), part));
+    std::span<const float> parts = part;
+    if (plan_.world_size > 1) {
+      std::vector<int64_t> counts = vocab_counts_;
+      for (int64_t& n : counts) n *= count;
+      const std::span<float> all(gathered_.data(), plan_.rank == 0 ? count * vocab : 0);
+      RW_RETURN_IF_ERROR(communicator_.Gather(part, counts, all, options_.collective_timeout));
+      parts = all;
+    }
+    if (plan_.rank != 0) continue;
+    for (int32_t i = 0; i < count; ++i) {
+      float* destination = logits_.data();
+      const float* source = parts.data();
+      for (const int64_t width : vocab_counts_) {
+        destination = std::copy_n(source + i * width, width, destination);
+        source += count * width;
+      }
+      RW_RETURN_IF_ERROR(sink(static_cast<int32_t>(begin) + i, logits_));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace rankwise::model

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "worker/comm/communicator.h"
+#include "worker/shard/shard_plan.h"
+#include "worker/weights/checkpoint.h"
+
+namespace rankwise::model {
+
+struct DecoderOptions {
+  int32_t max_rows = 512;          // rows of one step
+  int64_t max_positions = 2048;    // of one sequence
+  kernels::KvFormat kv_format = kernels::KvFormat::kF16;
+  int32_t block_count = 0;         // of the paged cache
+  std::vector<kernels::KvHeadScales> kv_scales;  // [n_layers * n_kv_heads_local], int8 only
+  bool observes_kv = false;        // keep min and max of all K and V that are appended
+  absl::Duration collective_timeout = absl::Seconds(60);
+};
+
+// Bytes of one block of the paged cache on this rank: all layers, K and V.
+int64_t KvBlockBytes(const kernels::KvShape& shape);
+
+// One rank's slice of a decoder: token rows in, logits out. One class for every family: weights::ModelConfig says what differs.
+// Forward is collective over the group's ranks: all call it with the same rows. One thread calls it.
+class Decoder {
+ public:
+  // Packs this rank's slices into the backend's layout and takes all memory a step needs. `backend` and `communicator` must
+  // outlive the decoder; `checkpoint` too, because embedding rows are read from its mapping.
+  static absl::StatusOr<std::unique_ptr<Decoder>> Create(const weights::Checkpoint& checkpoint,
+                                                         const shard::ShardPlan& plan, kernels::Backend& backend,
+                                                         comm::Communicator& communicator,
+                                                         const DecoderOptions& options);
+
+  // Takes the logits [vocab_size] f32 of logit_rows[i] on rank 0; it may overwrite them.
+  using LogitsSink = std::function<absl::Status(int32_t i, std::span<float> logits)>;
+
+  // Appends the rows' K and V to the cache, then hands the logits of `logit_rows` (row indices, rising) to `sink` in order.
+  absl::Status Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const LogitsSink& sink);
+
+  const weights::ModelConfig& config() const { return config_; }
+  const shard::ShardPlan& plan() const { return plan_; }
+  const kernels::KvPool& kv_pool() const { return *kv_pool_; }
+  // Per layer; empty unless observes_kv.
+  const std::vector<kernels::KvObservation>& observations() const { return observations_; }
+  int64_t weight_bytes() const;   // packed matrices of this rank: what a decode step reads besides KV
+  int64_t multiply_adds() const;  // per row, this rank, without attention and without the output matrix
+  int64_t output_multiply_adds() const;
+
+ private:
+  struct Layer {
+    kernels::Backend::Floats attention_norm, mlp_norm, qkv_bias, q_norm, k_norm, wo_bias, gate_up_bias, w2_bias;
+    std::unique_ptr<kernels::PackedMatrix> qkv, wo, gate_up, w2;
+  };
+
+  Decoder(const weights::ModelConfig& config, const shard::ShardPlan& plan, kernels::Backend& backend,
+          comm::Communicator& communicator, const DecoderOptions& options);
+  absl::Status Load(const weights::Checkpoint& checkpoint);
+  absl::Status LoadLayer(const weights::Checkpoint& checkpoint, int index);
+  absl::Status TakeBuffers();
+  absl::StatusOr<kernels::Backend::Floats> Upload(const std::vector<float>& host);
+  absl::Status RunLayer(int index, int32_t row_count);
+  absl::Status ReduceDelta(int32_t row_count);
+  absl::Status EmitLogits(std::span<const int32_t> logit_rows, const LogitsSink& sink);
+
+  const weights::ModelConfig config_;
+  const shard::ShardPlan plan_;
+  const DecoderOptions options_;
+  kernels::Backend& backend_;
+  comm::Communicator& communicator_;
+  kernels::AttentionShape attention_;  // sliding_window is set per layer
+  kernels::RopeTable rope_;
+
+  kernels::EmbeddingTable embedding_;
+  kernels::Backend::Floats final_norm_;
+  std::unique_ptr<kernels::PackedMatrix> output_;
+  std::vector<Layer> layers_;
+  std::unique_ptr<kernels::KvPool> kv_pool_;
+  std::vector<kernels::KvObservation> observations_;
+
+  // Activations, [max_rows, …]: x the residual stream, normed the input of the next matmul, delta its contribution to x.
+  kernels::Backend::Floats x_, normed_, qkv_, attended_, delta_, gate_up_, activated_;
+  kernels::Backend::Floats picked_, logits_local_;  // [kLogitRows, hidden], [kLogitRows, vocab_local]
+  std::vector<float> part_, gathered_, logits_;     // host: this rank's part, all parts, one row in vocabulary order
+  std::vector<int64_t> vocab_counts_;               // per rank
+};
+
+}  // namespace rankwise::model

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "proto/step_plan.h"
+
+// Decides what runs next, and nothing else: no thread, clock, socket or log. Continuous batching over paged KV blocks,
+// chunked prefill under a row budget, prefix cache, priorities, preemption by recomputation.
+namespace rankwise::scheduler {
+
+enum class SequenceId : uint64_t {};
+
+struct SchedulerOptions {
+  int32_t block_count = 0;
+  int32_t block_tokens = 16;
+  int32_t slot_count = 64;        // sequences that can hold blocks at once
+  int32_t max_step_rows = 512;    // rows of one step
+  int32_t max_chunk_rows = 512;   // prompt rows of one sequence in one step
+  int32_t max_positions = 2048;   // prompt + generated of one sequence
+  int32_t max_waiting = 1024;
+  bool has_prefix_cache = true;
+};
+
+struct Sequence {
+  SequenceId id{};
+  std::vector<int32_t> tokens;    // prompt, then tokens generated before a replay; at least one
+  int32_t max_tokens = 0;         // what `tokens` may grow to; 0: max_positions
+  int32_t priority = 0;           // higher first, then by arrival
+  bool needs_all_logits = false;  // for prompt logprobs; such a sequence reads no cached prefix
+};
+
+// One step's work for one sequence whose last row asks for logits, in the order of the plan's segments.
+struct Planned {
+  SequenceId id{};
+  int32_t segment = 0;             // index in plan.segments
+  int32_t cached_tokens = 0;       // prefix rows found in the cache when the sequence entered, for the first segment of a run
+  bool is_first = false;           // first segment since admission or preemption
+  bool produces_token = false;     // its last position is the sequence's last known token: sample after the step
+};
+
+struct SchedulerLoad {
+  int32_t running = 0;
+  int32_t waiting = 0;
+  int32_t blocks_free = 0;    // unused or only cached
+  int32_t blocks_cached = 0;  // reusable prefixes no live sequence holds
+  int32_t blocks_total = 0;
+  int64_t cached_tokens = 0;  // since the start
+  int64_t preemptions = 0;
+};
+
+class Scheduler {
+ public:
+  explicit Scheduler(const SchedulerOptions& options);
+  ~Scheduler();
+
+  // InvalidArgument when it can never run (longer than max_positions, or max_tokens more than the whole pool), ResourceExhausted when
+  // max_waiting others wait, AlreadyExists.
+  absl::Status Admit(Sequence sequence);
+
+  // Gives back all it holds. Idempotent, and right at any time: also between PlanStep and CompleteStep, whose result for
+  // it is then ignored. Used for finished, cancelled and expired sequences alike.
+  void Remove(SequenceId id);
+
+  // The next step, or nothing when no sequence is live. `plan.step` is left to the caller. Between PlanStep and CompleteStep
+  // the only calls allowed are Admit and Remove.
+  bool PlanStep(StepPlan& plan, std::vector<Planned>& planned);
+
+  struct Token {
+    SequenceId id{};
+    int32_t token = 0;
+  };
+  // The step ran: its rows are in the cache. `tokens`: one for every planned sequence that produces a token and is to go on.
+  void CompleteStep(std::span<const Token> tokens);
+
+  // Asks the next PlanStep to preempt this sequence, as if memory had run out. For tests.
+  void Preempt(SequenceId id);
+
+  SchedulerLoad load() const;
+  // Aborts the process on a broken invariant: free + held + cached blocks = total; a block's reference count is the number
+  // of its holders; no slot has two owners; a waiting sequence owns nothing.
+  void CheckInvariants() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace rankwise::scheduler

@@ -1,0 +1,268 @@
+// One rank of a worker group. Start N of them with mpirun or srun; rank 0 dials the coordinator.
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
+#include "base/log.h"
+#include "base/mapped_file.h"
+#include "base/status_macros.h"
+#include "worker/calibration.h"
+#include "worker/comm/mpi_communicator.h"
+#include "worker/engine/engine.h"
+#include "worker/engine/rank.h"
+#include "worker/link/group_session.h"
+
+namespace rankwise {
+namespace {
+
+constexpr int kExitConfiguration = 2;  // bad flags or a model that cannot be served: starting again will not help
+constexpr int kExitFailure = 3;        // a lost rank or coordinator: starting again may help
+
+struct Flags {
+  engine::RankOptions rank;
+  kernels::CpuOptions cpu;
+  std::string device = "auto";
+  std::string kv_memory;
+  std::string coordinator;
+  std::string coordinator_file;
+  std::string observe_file;
+  std::string dataset;
+  int64_t sample_tokens = 0;
+  bool has_no_prefix_cache = false;
+  double step_timeout_seconds = 60;
+  double reconnect_seconds = 300;
+  std::string log_level = "info";
+};
+
+std::atomic<bool> g_should_stop{false};
+
+void RequestStop(int) { g_should_stop = true; }
+
+void AddFlags(CLI::App& app, Flags& flags) {
+  app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors")->required();
+  app.add_option("--coordinator", flags.coordinator, "HOST:PORT to join");
+  app.add_option("--coordinator-file", flags.coordinator_file,
+                 "File that the coordinator's --endpoint-file writes; waits for it to appear");
+  app.add_option("--device", flags.device, "auto, cpu or cuda")->capture_default_str();
+  app.add_option("--kv", flags.rank.kv, "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head")
+      ->capture_default_str();
+  app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote, for int8 and int8-head");
+  app.add_option("--kv-memory", flags.kv_memory, "Bytes of KV cache per rank, e.g. 512M or 4G")
+      ->default_str("what --max-running sequences need, at most 2G");
+  app.add_option("--max-tokens", flags.rank.max_tokens, "Prompt + generated tokens of one sequence")
+      ->default_str("the model's context, at most 16384");
+  app.add_option("--max-running", flags.rank.max_running, "Sequences in one step")->capture_default_str();
+  app.add_option("--max-step-rows", flags.rank.max_step_rows, "Token rows in one step")->capture_default_str();
+  app.add_option("--max-chunk-rows", flags.rank.max_chunk_rows, "Prompt rows of one sequence in one step")
+      ->capture_default_str();
+  app.add_option("--max-waiting", flags.rank.max_waiting, "Sequences that may wait for room")->capture_default_str();
+  app.add_flag("--no-prefix-cache", flags.has_no_prefix_cache, "Compute every prompt from its first token");
+  app.add_option("--threads", flags.cpu.threads, "CPU threads of this rank")
+      ->default_str("this host's CPUs / ranks on this host");
+  app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512; default the best there is");
+  app.add_option("--observe", flags.observe_file,
+                 "Calibration: keep K and V ranges and write this statistics file when stopped");
+  app.add_option("--dataset", flags.dataset, "With --observe: the data's name, kept in the statistics");
+  app.add_option("--sample-tokens", flags.sample_tokens, "With --observe: tokens per sample, kept in the statistics");
+  app.add_option("--step-timeout", flags.step_timeout_seconds, "Seconds a rank waits for another one's part of a step")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 86400.0));
+  app.add_option("--reconnect", flags.reconnect_seconds, "Seconds to look for a lost coordinator")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1e9));
+  app.add_option("--log-level", flags.log_level, "trace, debug, info, warn, error or off")->capture_default_str();
+  app.footer(
+      "Example, two ranks on this host:\n"
+      "  mpirun -n 2 rankwise-worker --model MODEL --coordinator 127.0.0.1:50051 --kv f16\n"
+      "Exit codes: 0 stopped, 2 cannot serve this model or these flags, 3 lost a rank or the coordinator.");
+}
+
+absl::StatusOr<std::string> CoordinatorAddress(const Flags& flags) {
+  if (!flags.coordinator.empty()) return flags.coordinator;
+  if (flags.coordinator_file.empty()) {
+    return absl::InvalidArgumentError("give --coordinator HOST:PORT or --coordinator-file FILE");
+  }
+  const absl::Time give_up = absl::Now() + absl::Seconds(flags.reconnect_seconds);
+  while (access(flags.coordinator_file.c_str(), R_OK) != 0) {
+    if (absl::Now() > give_up || g_should_stop) {
+      return absl::NotFoundError(absl::StrCat(flags.coordinator_file, " did not appear"));
+    }
+    absl::SleepFor(absl::Milliseconds(50));
+  }
+  RW_ASSIGN_OR_RETURN(std::string text, ReadTextFile(flags.coordinator_file, 4096));
+  absl::StripTrailingAsciiWhitespace(&text);
+  return text;
+}
+
+absl::StatusOr<std::unique_ptr<kernels::Backend>> MakeBackend(Flags& flags, int ranks_on_host) {
+  if (flags.device == "cuda") return absl::UnimplementedError("--device cuda: this build has no CUDA backend");
+  if (flags.device != "cpu" && flags.device != "auto") {
+    return absl::InvalidArgumentError(absl::StrCat("--device ", flags.device, " is not one of auto, cpu, cuda"));
+  }
+  const auto cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  if (flags.cpu.threads == 0) flags.cpu.threads = std::max(1, cpus / ranks_on_host);
+  // Ranks that share a host would all pin their first thread to the same CPU.
+  flags.cpu.pin_threads = ranks_on_host == 1;
+  return kernels::CreateCpuBackend(flags.cpu);
+}
+
+rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank) {
+  rankwise::v1::RankLoad load;
+  load.set_rank(rank.decoder->plan().rank);
+  char host[256] = {};
+  gethostname(host, sizeof host - 1);
+  load.set_host(host);
+  load.set_pid(getpid());
+  load.set_weight_bytes(rank.decoder->weight_bytes());
+  load.set_kv_bytes(rank.decoder->kv_pool().bytes());
+  uint64_t saturated = 0;
+  for (const int64_t count : rank.decoder->kv_pool().SaturatedCounts()) saturated += count;
+  load.set_saturated_values(saturated);
+  return load;
+}
+
+worker::v1::Join MakeJoin(const engine::Rank& rank, const Flags& flags, const kernels::Backend& backend) {
+  const weights::ModelConfig& config = rank.decoder->config();
+  worker::v1::Join join;
+  rankwise::v1::GetModelInfoResponse& model = *join.mutable_model();
+  model.set_family(config.model_type);
+  model.set_fingerprint(rank.checkpoint->fingerprint());
+  model.set_n_layers(config.n_layers);
+  model.set_n_heads(config.n_heads);
+  model.set_n_kv_heads(config.n_kv_heads);
+  model.set_head_dim(config.head_dim);
+  model.set_hidden_size(config.hidden_size);
+  model.set_intermediate_size(config.intermediate_size);
+  model.set_vocab_size(config.vocab_size);
+  model.set_max_tokens(rank.scheduler_options.max_positions);
+  model.set_tp(rank.decoder->plan().world_size);
+  model.set_kv_format(flags.rank.kv);
+  model.set_kv_scales_id(rank.kv_scales_id);
+  model.set_backend(backend.Description());
+  join.set_blocks_total(rank.scheduler_options.block_count);
+  join.set_block_tokens(rank.scheduler_options.block_tokens);
+  join.set_max_running(rank.scheduler_options.slot_count);
+  join.set_max_waiting(rank.scheduler_options.max_waiting);
+  return join;
+}
+
+absl::Status Lead(const Flags& flags, const engine::Rank& rank, const kernels::Backend& backend,
+                  comm::Communicator& communicator, const std::string& address,
+                  const std::function<std::string()>& report) {
+  engine::Engine engine(rank.scheduler_options, *rank.executor, communicator, rank.decoder->config().eos_ids,
+                        flags.rank.collective_timeout);
+  link::SessionOptions options{.link = {.address = address}, .join = MakeJoin(rank, flags, backend)};
+  options.reconnect_limit = absl::Seconds(flags.reconnect_seconds);
+  RW_ASSIGN_OR_RETURN(const std::vector<std::string> reports, engine.CollectReports(report()));
+  for (const std::string& bytes : reports) options.join.add_ranks()->ParseFromString(bytes);
+  return link::ServeGroup(engine, options, g_should_stop, report);
+}
+
+// A start that failed on all ranks alike exits with kExitConfiguration, a failure while serving with kExitFailure.
+absl::Status Load(Flags& flags, comm::MpiSession& mpi, std::unique_ptr<kernels::Backend>& backend, engine::Rank& rank,
+                  comm::Communicator& communicator, std::string& address) {
+  absl::Status ready;
+  auto made = MakeBackend(flags, mpi.host_size());
+  ready.Update(made.status());
+  if (ready.ok() && communicator.rank() == 0) {
+    auto found = CoordinatorAddress(flags);
+    ready.Update(found.status());
+    if (found.ok()) address = *found;
+  }
+  RW_RETURN_IF_ERROR(engine::AgreeOnStatus(ready, communicator,
+                                           flags.rank.collective_timeout + absl::Seconds(flags.reconnect_seconds)));
+  backend = *std::move(made);
+  RW_ASSIGN_OR_RETURN(rank, engine::LoadRank(flags.rank, *backend, communicator));
+  return absl::OkStatus();
+}
+
+int Run(Flags& flags) {
+  auto session = comm::MpiSession::Start();
+  if (!session.ok()) {
+    spdlog::error("{}", std::string(session.status().message()));
+    return kExitFailure;
+  }
+  comm::MpiSession& mpi = **session;
+  auto communicator = comm::CreateMpiCommunicator(mpi, absl::Minutes(1));
+  if (!communicator.ok()) {
+    spdlog::error("{}", std::string(communicator.status().message()));
+    mpi.Abort(kExitFailure);
+  }
+  std::unique_ptr<kernels::Backend> backend;
+  engine::Rank rank;
+  std::string address;
+  const absl::Time begin = absl::Now();
+  const absl::Status loaded = Load(flags, mpi, backend, rank, **communicator, address);
+  if (!loaded.ok()) {
+    if ((*communicator)->rank() == 0) spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
+    return kExitConfiguration;
+  }
+  const bool is_lead = (*communicator)->rank() == 0;
+  if (is_lead) {
+    spdlog::info("{} ready in {:.1f} s: {}, tp {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
+                 absl::ToDoubleSeconds(absl::Now() - begin), backend->Description(), (*communicator)->size(),
+                 flags.rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
+  }
+  const std::function<std::string()> report = [&rank] { return OwnLoad(rank).SerializeAsString(); };
+  absl::Status ended = is_lead ? Lead(flags, rank, *backend, **communicator, address, report)
+                               : engine::Follow(*rank.executor, **communicator, flags.rank.collective_timeout, report);
+  if (ended.ok() && !flags.observe_file.empty()) {
+    ended = WriteObservations(rank, **communicator, flags.observe_file, flags.dataset, flags.sample_tokens,
+                              flags.rank.collective_timeout);
+  }
+  if (!ended.ok()) {
+    spdlog::error("rank {}: {}", (*communicator)->rank(), std::string(ended.message()));
+    mpi.Abort(kExitFailure);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace rankwise
+
+int main(int argc, char** argv) {
+  using namespace rankwise;
+  CLI::App app("rankwise-worker: one rank of a worker group");
+  Flags flags;
+  AddFlags(app, flags);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int code = app.exit(error);
+    return code == 0 ? 0 : kExitConfiguration;
+  }
+  StartLog("worker", flags.log_level);
+  if (!flags.kv_memory.empty()) {
+    uint64_t bytes = 0;
+    std::string text = flags.kv_memory;
+    try {
+      text = CLI::AsSizeValue(false)(text);
+    } catch (const CLI::ValidationError&) {
+      text.clear();
+    }
+    if (!absl::SimpleAtoi(text, &bytes) || bytes == 0 || bytes > (uint64_t{1} << 50)) {
+      spdlog::error("--kv-memory {} is not a size such as 512M or 4G", flags.kv_memory);
+      return kExitConfiguration;
+    }
+    flags.rank.kv_memory_bytes = static_cast<int64_t>(bytes);
+  }
+  flags.rank.collective_timeout = absl::Seconds(flags.step_timeout_seconds);
+  flags.rank.has_prefix_cache = !flags.has_no_prefix_cache && flags.observe_file.empty();
+  flags.rank.observes_kv = !flags.observe_file.empty();
+  if (flags.rank.observes_kv) flags.rank.kv = "f32";
+  std::signal(SIGTERM, RequestStop);
+  std::signal(SIGINT, RequestStop);
+  std::signal(SIGPIPE, SIG_IGN);
+  return Run(flags);
+}
