@@ -87,7 +87,8 @@ class KvPool {
   virtual const KvShape& shape() const = 0;
   virtual int32_t block_count() const = 0;
   virtual int64_t bytes() const = 0;
-  // Values that fell outside int8 since the start, per layer: K and V together.
+  // Values that fell outside int8 (NaN among them, stored as q = 0) or beyond the largest f16 since the start, per
+  // layer: K and V together. They are stored clamped.
   virtual std::vector<int64_t> SaturatedCounts() const = 0;
   // The bytes of one block and layer in a canonical order (K [heads, tokens, dim], then V likewise), for tests.
   virtual std::vector<std::byte> BlockBytes(int layer, int32_t block) const = 0;
@@ -145,7 +146,7 @@ class Backend {
   // Makes `rows` the current step. The ops below work on its rows; row counts are implied.
   virtual absl::Status BeginStep(const StepRows& rows) = 0;
 
-  // x [rows, hidden] = table[tokens] * scale.
+  // x [rows, hidden] = table[tokens]. InvalidArgument names a token outside the table.
   virtual absl::Status Embed(const EmbeddingTable& table, float* x) = 0;
 
   // out [rows, width] = x / sqrt(mean(x²) + eps) * weight. `out` may be `x`.

@@ -85,7 +85,7 @@ Step PlainStep(int32_t count);
 RopeTable MakeRope(int rotary_dim, int64_t position_count);
 
 inline bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 }  // namespace rankwise::kernels
