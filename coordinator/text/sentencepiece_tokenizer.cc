@@ -65,7 +65,9 @@ LeadingSpace FindLeadingSpaceRule(const SentencePieceModel& model) {
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePiece(const std::string& serialized,
                                                              const ModelSettings& settings) {
-  auto model = std::make_unique<SentencePieceModel>();
+  std::string plugin_error;
+  auto model = SentencePieceModel::Create(plugin_error);
+  if (model == nullptr) return absl::UnimplementedError(plugin_error);
   if (const std::string error = model->Load(serialized); !error.empty()) return absl::InvalidArgumentError(error);
   if (model->size() <= 0 || model->size() > kTokenIdLimit)
     return absl::InvalidArgumentError(absl::StrCat("a vocabulary of ", model->size(), " pieces"));
@@ -92,7 +94,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePiece(const std::string& 
 
   std::unique_ptr<SentencePieceModel> continuation;
   if (!settings.legacy && parts.rules.leading_space != LeadingSpace::kKeep) {
-    continuation = std::make_unique<SentencePieceModel>();
+    continuation = SentencePieceModel::Create(plugin_error);
     const std::string error = continuation->Load(absl::StrCat(serialized, std::string(kWithoutDummyPrefix)));
     if (!error.empty()) return absl::InvalidArgumentError(error);
   }
