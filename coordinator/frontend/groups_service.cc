@@ -1,0 +1,113 @@
+#include "coordinator/frontend/groups_service.h"
+
+#include <atomic>
+#include <deque>
+#include <utility>
+
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "base/log.h"
+
+namespace rankwise::frontend {
+namespace {
+
+using worker::v1::FromGroup;
+using worker::v1::ToGroup;
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
+}
+
+// Lock order: the cluster's, then this one's. So nothing here calls the cluster with the lock held.
+class Attachment : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cluster::GroupChannel {
+ public:
+  Attachment(cluster::Cluster* cluster, std::string peer) : cluster_(cluster), peer_(std::move(peer)) {
+    StartRead(&incoming_);
+  }
+
+  void Send(ToGroup message) override {
+    absl::MutexLock lock(&mutex_);
+    outgoing_.push_back(std::move(message));
+    WriteNext();
+  }
+
+  void Close(const absl::Status& reason) override {
+    absl::MutexLock lock(&mutex_);
+    FinishOnce(reason);
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) {
+      Leave(absl::OkStatus());
+      return;
+    }
+    const absl::Time now = absl::Now();
+    if (epoch_ == 0) {
+      if (!incoming_.has_join()) return Leave(absl::InvalidArgumentError("the first message must be a join"));
+      const auto welcome = cluster_->Join(incoming_.join(), this, now);
+      if (!welcome.ok()) return Leave(welcome.status());
+      epoch_ = welcome->epoch();
+      spdlog::info("group {} joined as epoch {} from {}: tp {}, kv {}", welcome->group(), epoch_, peer_,
+                   incoming_.join().model().tp(), incoming_.join().model().kv_format());
+    } else if (incoming_.has_outputs()) {
+      cluster_->TakeOutputs(epoch_, incoming_.outputs(), now);
+    } else if (incoming_.has_load()) {
+      cluster_->TakeLoad(epoch_, incoming_.load(), now);
+    }
+    absl::MutexLock lock(&mutex_);
+    if (!is_finished_) StartRead(&incoming_);
+  }
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&mutex_);
+    is_writing_ = false;
+    if (ok) WriteNext();
+  }
+
+  void OnCancel() override { Leave(absl::CancelledError("the group's stream was cancelled")); }
+
+  void OnDone() override {
+    Leave(absl::OkStatus());
+    if (epoch_ != 0) spdlog::info("epoch {} ended", epoch_);
+    delete this;
+  }
+
+ private:
+  void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (is_writing_ || is_finished_ || outgoing_.empty()) return;
+    writing_ = std::move(outgoing_.front());
+    outgoing_.pop_front();
+    is_writing_ = true;
+    StartWrite(&writing_);
+  }
+
+  void Leave(const absl::Status& reason) {
+    if (epoch_ != 0) cluster_->Leave(epoch_, absl::Now());
+    absl::MutexLock lock(&mutex_);
+    FinishOnce(reason);
+  }
+
+  void FinishOnce(const absl::Status& reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (std::exchange(is_finished_, true)) return;
+    Finish(ToGrpc(reason));
+  }
+
+  cluster::Cluster* const cluster_;
+  const std::string peer_;
+  FromGroup incoming_;
+  std::atomic<uint64_t> epoch_{0};
+
+  absl::Mutex mutex_;
+  ToGroup writing_ ABSL_GUARDED_BY(mutex_);
+  std::deque<ToGroup> outgoing_ ABSL_GUARDED_BY(mutex_);
+  bool is_writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool is_finished_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace
+
+grpc::ServerBidiReactor<FromGroup, ToGroup>* GroupsService::Attach(grpc::CallbackServerContext* context) {
+  return new Attachment(cluster_, context->peer());
+}
+
+}  // namespace rankwise::frontend
