@@ -15,7 +15,7 @@ struct Outcome {
   absl::Status status;
 };
 
-Outcome Run(Communicator& group, absl::Duration timeout) {
+Outcome CallEach(Communicator& group, absl::Duration timeout) {
   Outcome outcome;
   std::vector<float> values(3, 1.0f);
   std::vector<float> all(group.rank() == 0 ? 3 * group.size() : 0);
@@ -39,16 +39,18 @@ std::pair<Outcome, Outcome> RunTwo(const Fault& fault, absl::Duration peer_timeo
   FaultyCommunicator faulty(std::move(ranks[0]), fault);
   std::pair<Outcome, Outcome> outcomes;
   {
-    std::jthread peer([&] { outcomes.second = Run(*ranks[1], peer_timeout); });
-    outcomes.first = Run(faulty, kTimeout);
+    std::jthread peer([&] { outcomes.second = CallEach(*ranks[1], peer_timeout); });
+    outcomes.first = CallEach(faulty, kTimeout);
   }
-  if (!outcomes.first.status.ok()) EXPECT_EQ(faulty.Barrier(kTimeout), outcomes.first.status);
+  if (!outcomes.first.status.ok()) {
+    EXPECT_EQ(faulty.Barrier(kTimeout), outcomes.first.status);
+  }
   return outcomes;
 }
 
 TEST(FaultyCommunicatorTest, CountsTheCallsOfARunWithoutAFault) {
   FaultyCommunicator faulty(CreateSoloCommunicator(), {});
-  EXPECT_EQ(Run(faulty, kTimeout).succeeded, 5);
+  EXPECT_EQ(CallEach(faulty, kTimeout).succeeded, 5);
   EXPECT_EQ(faulty.calls(), 5);
   EXPECT_EQ(faulty.Description(), "faulty solo, 1 rank");
 }

@@ -1,0 +1,61 @@
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "launch/child_process.h"
+#include "launch/commands.h"
+
+namespace rankwise::launch {
+namespace {
+
+constexpr char kExamples[] = R"(Examples:
+  rankwise bench engine --help
+  rankwise bench engine --model ./TinyLlama-1.1B --tp 2)";
+
+// 1 when the words do not hold it; a malformed value is left to rankwise-bench to refuse.
+int TensorParallelDegree(const std::vector<std::string>& words) {
+  int tp = 1;
+  for (size_t i = 0; i < words.size(); ++i) {
+    absl::string_view value = words[i];
+    if (absl::ConsumePrefix(&value, "--tp=") || (words[i] == "--tp" && i + 1 < words.size())) {
+      if (words[i] == "--tp") value = words[i + 1];
+      if (!absl::SimpleAtoi(value, &tp)) tp = 1;
+    }
+  }
+  return tp;
+}
+
+absl::Status Exec(const std::vector<std::string>& words) {
+  std::vector<std::string> command;
+  if (const int tp = TensorParallelDegree(words); tp > 1) {
+    command = {"mpirun", "-n", absl::StrCat(tp), "--oversubscribe", "--bind-to", "none"};
+    setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 0);
+    setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
+  }
+  command.push_back(absl::StrCat(ProgramFolder(), "/rankwise-bench"));
+  command.insert(command.end(), words.begin(), words.end());
+  std::vector<char*> pointers;
+  for (std::string& word : command) pointers.push_back(word.data());
+  pointers.push_back(nullptr);
+  execvp(pointers[0], pointers.data());
+  return absl::ErrnoToStatus(errno, absl::StrCat("start ", command[0]));
+}
+
+}  // namespace
+
+void AddBench(CLI::App& app, Action& action) {
+  CLI::App* command =
+      app.add_subcommand("bench", "Measure against this machine's ceilings; runs rankwise-bench")->footer(kExamples);
+  command->prefix_command();
+  command->set_help_flag();  // it belongs to rankwise-bench
+  command->callback([command, &action] { action = [words = command->remaining()] { return Exec(words); }; });
+}
+
+}  // namespace rankwise::launch

@@ -1,0 +1,137 @@
+#include "launch/calibration_text.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <set>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+
+namespace rankwise::launch {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::SizeIs;
+
+// One token per word; numbers are their own ids.
+absl::StatusOr<std::vector<int32_t>> Words(const std::string& text) {
+  std::vector<int32_t> ids;
+  for (const auto word : absl::StrSplit(text, absl::ByAnyChar(" \n"), absl::SkipEmpty()))
+    ids.push_back(std::stoi(std::string(word)));
+  return ids;
+}
+
+std::string Numbers(int begin, int end) {
+  std::string text;
+  for (int i = begin; i < end; ++i) absl::StrAppend(&text, i, " ");
+  return text;
+}
+
+class CalibrationText : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = testing::TempDir() + absl::StrCat("/rankwise-calibration-", getpid());
+    std::filesystem::create_directories(folder_);
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+  std::string Write(const std::string& name, const std::string& text) {
+    std::ofstream(folder_ + "/" + name) << text;
+    return folder_ + "/" + name;
+  }
+  std::string folder_;
+};
+
+TEST_F(CalibrationText, NamesAreFoundInTheirFolder) {
+  Write("ptb.test.txt", " worse \n");
+  Write("ptb.valid.txt", " one two \n three \n\n");
+  const auto ptb = ReadCalibrationSource("ptb", folder_);
+  ASSERT_TRUE(ptb.ok()) << ptb.status();
+  EXPECT_THAT(ptb->documents, ElementsAre("one two", "three"));
+
+  Write("wikitext2.raw.valid.txt", " \n = Title = \n \n Text .\n");
+  EXPECT_THAT(ReadCalibrationSource("wikitext2", folder_)->documents,
+              ElementsAre("", " = Title = \n", "", " Text .\n", ""));
+
+  Write("c4.b.jsonl", "{\"text\":\"b\"}\n");
+  Write("c4.a.jsonl", "{\"text\":\"a\\n1\"}\n\n{\"text\":\"a2\",\"url\":\"x\"}");
+  const auto c4 = ReadCalibrationSource("c4", folder_);
+  EXPECT_THAT(c4->documents, ElementsAre("a\n1", "a2", "b"));
+  EXPECT_EQ(c4->rule, SamplingRule::kDocuments);
+}
+
+TEST_F(CalibrationText, ErrorsSayWhereAndWhat) {
+  const absl::Status missing = ReadCalibrationSource("pileval", folder_).status();
+  EXPECT_TRUE(absl::IsNotFound(missing));
+  EXPECT_THAT(std::string(missing.message()), HasSubstr(folder_));
+  EXPECT_THAT(std::string(missing.message()), HasSubstr("pileval*.jsonl"));
+  EXPECT_TRUE(absl::IsNotFound(ReadCalibrationSource(folder_ + "/none.txt", folder_).status()));
+  for (const char* line : {"{\"text\":1}", "[]", "{\"text\":\"x\"", "7"}) {
+    const std::string path = Write("bad.jsonl", absl::StrCat("{\"text\":\"fine\"}\n", line, "\n"));
+    const absl::Status bad = ReadCalibrationSource(path, folder_).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(bad));
+    EXPECT_THAT(std::string(bad.message()), HasSubstr("bad.jsonl:2"));
+  }
+  EXPECT_TRUE(absl::IsInvalidArgument(ReadCalibrationSource("", folder_).status()));
+}
+
+TEST_F(CalibrationText, StreamWindowsAreExactRandomAndRepeatable) {
+  const CalibrationSource source{.name = "x", .documents = {Numbers(0, 500), Numbers(500, 1000)}};
+  const WindowOptions options{.samples = 20, .window_tokens = 40};
+  const auto windows = CutWindows(source, Words, options);
+  ASSERT_TRUE(windows.ok()) << windows.status();
+  ASSERT_THAT(windows->tokens, SizeIs(20));
+  std::set<int32_t> starts;
+  for (const auto& window : windows->tokens) {
+    ASSERT_THAT(window, SizeIs(40));
+    for (int i = 0; i < 40; ++i) EXPECT_EQ(window[i], window[0] + i);
+    starts.insert(window[0]);
+  }
+  EXPECT_GT(starts.size(), 15u);
+  EXPECT_EQ(windows->notice, "");
+  EXPECT_EQ(CutWindows(source, Words, options)->tokens, windows->tokens);
+  EXPECT_NE(CutWindows(source, Words, {.samples = 20, .window_tokens = 40, .seed = 1})->tokens, windows->tokens);
+}
+
+TEST_F(CalibrationText, ShortTextsOverlapAndSaySoOrAreRefused) {
+  const CalibrationSource source{.name = "x", .documents = {Numbers(0, 10)}};
+  const auto whole = CutWindows(source, Words, {.samples = 3, .window_tokens = 10});
+  ASSERT_TRUE(whole.ok());
+  EXPECT_THAT(whole->notice, HasSubstr("overlap"));
+  for (const auto& window : whole->tokens) EXPECT_EQ(window.front(), 0);
+  EXPECT_TRUE(absl::IsInvalidArgument(CutWindows(source, Words, {.samples = 1, .window_tokens = 11}).status()));
+}
+
+TEST_F(CalibrationText, DocumentWindowsStayWithinOneDocument) {
+  CalibrationSource source{
+      .name = "c4", .rule = SamplingRule::kDocuments, .documents = {Numbers(0, 5), Numbers(100, 130)}};
+  const auto windows = CutWindows(source, Words, {.samples = 8, .window_tokens = 20});
+  ASSERT_TRUE(windows.ok());
+  for (const auto& window : windows->tokens) {
+    EXPECT_GE(window.front(), 100);
+    EXPECT_LT(window.back(), 130);
+  }
+  EXPECT_EQ(windows->notice, "");
+  const auto joined = CutWindows(source, Words, {.samples = 2, .window_tokens = 33});
+  ASSERT_TRUE(joined.ok());
+  EXPECT_THAT(joined->notice, HasSubstr("joined"));
+}
+
+TEST_F(CalibrationText, BlocksJoinShortDocumentsOnly) {
+  const CalibrationSource source{.name = "pileval",
+                                 .rule = SamplingRule::kBlocks,
+                                 .documents = {Numbers(0, 600), Numbers(0, 30), Numbers(30, 60)}};
+  const auto windows = CutWindows(source, Words, {.samples = 4, .window_tokens = 25});
+  ASSERT_TRUE(windows.ok());
+  EXPECT_THAT(windows->tokens, SizeIs(2));
+  EXPECT_THAT(windows->notice, HasSubstr("fewer than the 4"));
+  for (const auto& window : windows->tokens)
+    for (const int32_t token : window) EXPECT_LT(token, 60);
+}
+
+}  // namespace
+}  // namespace rankwise::launch

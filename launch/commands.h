@@ -1,0 +1,23 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+
+#include "absl/status/status.h"
+
+namespace rankwise::launch {
+
+// What the parsed command line asks for; main() runs it. Exit code: 0 for OK, 130 for Cancelled, 2 for what the user
+// must change (InvalidArgument, NotFound, FailedPrecondition, Unimplemented), else 1.
+using Action = std::function<absl::Status()>;
+
+// Each adds one subcommand, which sets `action` when it is parsed.
+void AddServe(CLI::App& app, Action& action);
+void AddGenerate(CLI::App& app, Action& action);
+void AddStatus(CLI::App& app, Action& action);
+void AddCalibrate(CLI::App& app, Action& action);
+void AddConvert(CLI::App& app, Action& action);
+void AddKvQparams(CLI::App& app, Action& action);
+void AddBench(CLI::App& app, Action& action);
+
+}  // namespace rankwise::launch

@@ -1,0 +1,65 @@
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <system_error>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "launch/commands.h"
+#include "worker/kv/kv_scales.h"
+
+namespace rankwise::launch {
+namespace {
+
+constexpr char kDescription[] = R"(Turn the statistics of `calibrate` into int8 scales
+
+Writes OUT_DIR/layers.{layer}.past_kv_scale.{rank}.weight, four little-endian f32 each (k_scale, k_zp, v_scale, v_zp): the
+files of LMDeploy's TurboMind, so OUT_DIR may be its `triton_models/weights`. One calibration serves every --num-tp.)";
+
+constexpr char kExamples[] = R"(Examples:
+  rankwise kv-qparams ./work ./scales --num-tp 2
+  rankwise kv-qparams ./work ./scales --num-tp 4 --granularity head      for serve --kv int8-head)";
+
+struct KvQparamsFlags {
+  std::string work_folder;
+  std::string out_folder;
+  int num_tp = 1;
+  std::string granularity = "head";
+};
+
+absl::Status KvQparams(const KvQparamsFlags& flags) {
+  RW_ASSIGN_OR_RETURN(const kv::KvStatistics statistics,
+                      kv::ReadKvStatistics(absl::StrCat(flags.work_folder, "/kv_statistics.safetensors")));
+  std::error_code error;
+  std::filesystem::create_directories(flags.out_folder, error);
+  if (error) return absl::InvalidArgumentError(absl::StrCat("OUT_DIR ", flags.out_folder, ": ", error.message()));
+  const bool is_per_head = flags.granularity == "head";
+  RW_RETURN_IF_ERROR(kv::WriteKvScales(flags.out_folder, statistics, flags.num_tp,
+                                       is_per_head ? kv::Granularity::kHead : kv::Granularity::kRank));
+  absl::PrintF("%s: %d files layers.*.past_kv_scale.*.weight for %d ranks%s, and kv_scales.json (model %s, %s)\n",
+               flags.out_folder, statistics.n_layers * flags.num_tp, flags.num_tp,
+               is_per_head ? absl::StrFormat(", %d per KV head", statistics.n_layers * statistics.n_kv_heads) : "",
+               statistics.model_fingerprint, statistics.dataset);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddKvQparams(CLI::App& app, Action& action) {
+  CLI::App* command = app.add_subcommand("kv-qparams", kDescription);
+  command->footer(kExamples);
+  const auto flags = std::make_shared<KvQparamsFlags>();
+  command->add_option("WORK_DIR", flags->work_folder, "Folder that calibrate wrote")
+      ->required()
+      ->check(CLI::ExistingDirectory);
+  command->add_option("OUT_DIR", flags->out_folder, "Folder for the scales")->required();
+  command->add_option("--num-tp", flags->num_tp, "Ranks that will serve")->required()->check(CLI::Range(1, 1024));
+  command
+      ->add_option("--granularity", flags->granularity, "rank: for --kv int8; head: for --kv int8 and --kv int8-head")
+      ->check(CLI::IsMember({"rank", "head"}))
+      ->capture_default_str();
+  command->callback([flags, &action] { action = [flags] { return KvQparams(*flags); }; });
+}
+
+}  // namespace rankwise::launch

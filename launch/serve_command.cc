@@ -1,0 +1,130 @@
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <system_error>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/log.h"
+#include "base/mapped_file.h"
+#include "base/status_macros.h"
+#include "launch/cluster_flags.h"
+#include "launch/commands.h"
+#include "launch/interrupt.h"
+#include "launch/local_cluster.h"
+
+namespace rankwise::launch {
+namespace {
+
+constexpr char kDescription[] = R"(Serve a model on this host: a coordinator and its worker groups
+
+Starts a coordinator and `--replicas` groups of `--tp` MPI ranks, restarts what dies, and prints one line when
+the first group serves. SIGTERM or Ctrl-C finishes the live requests and ends everything; a second one does not wait.)";
+
+constexpr char kExamples[] = R"(Examples:
+  rankwise serve ./TinyLlama-1.1B --tp 2
+  rankwise serve ./Llama-2-7b --tp 4 --kv int8 --kv-scales ./scales --endpoint-file /tmp/me/endpoint
+  rankwise serve ./Qwen2.5-0.5B --replicas 2 --threads 8 --listen 0.0.0.0:8600)";
+
+struct ServeFlags {
+  ClusterFlags cluster;
+  std::string kv = "f16";
+  std::string kv_scales;
+  std::string listen = "127.0.0.1:0";
+  std::string endpoint_file;
+  double drain_seconds = 30;
+  int max_live = 0, max_running = 0, max_step_rows = 0, max_chunk_rows = 0, max_tokens = 0;
+  bool is_prefix_cache_off = false;
+};
+
+void AddFlag(std::vector<std::string>& flags, const std::string& name, int value) {
+  if (value > 0) flags.insert(flags.end(), {name, absl::StrCat(value)});
+}
+
+absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
+  const bool is_int8 = flags.kv == "int8" || flags.kv == "int8-head";
+  if (is_int8 && flags.kv_scales.empty())
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--kv ", flags.kv, " needs --kv-scales DIR; `rankwise calibrate` and `rankwise kv-qparams --num-tp ",
+        flags.cluster.tp, "` write such a folder"));
+  RW_ASSIGN_OR_RETURN(ClusterOptions options, ToClusterOptions(flags.cluster));
+  options.listen = flags.listen;
+  options.drain_timeout = absl::Seconds(flags.drain_seconds);
+  AddFlag(options.coordinator_flags, "--max-live", flags.max_live);
+  std::vector<std::string>& worker = options.worker_flags;
+  worker.insert(worker.end(), {"--kv", flags.kv});
+  if (is_int8) worker.insert(worker.end(), {"--kv-scales", flags.kv_scales});
+  AddFlag(worker, "--max-running", flags.max_running);
+  AddFlag(worker, "--max-step-rows", flags.max_step_rows);
+  AddFlag(worker, "--max-chunk-rows", flags.max_chunk_rows);
+  AddFlag(worker, "--max-tokens", flags.max_tokens);
+  if (flags.is_prefix_cache_off) worker.push_back("--no-prefix-cache");
+  return options;
+}
+
+void PrintReady(LocalCluster& cluster, const ClusterOptions& options) {
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(5)));
+  rankwise::v1::GetModelInfoResponse model;
+  const grpc::Status status = cluster.stub().GetModelInfo(&context, {}, &model);
+  absl::PrintF("rankwise: serving %s at %s (tp %d, %d group%s, kv %s, %s)\n",
+               status.ok() ? model.model_name() : options.model, cluster.endpoint(), options.tp, options.replicas,
+               options.replicas == 1 ? "" : "s", status.ok() ? model.kv_format() : "?",
+               status.ok() ? model.backend() : "?");
+  std::fflush(stdout);
+}
+
+absl::Status Serve(const ServeFlags& flags) {
+  Interrupt interrupt;
+  StartLog("rankwise", flags.cluster.log_level == "off" ? "warn" : flags.cluster.log_level);
+  RW_ASSIGN_OR_RETURN(const ClusterOptions options, ToOptions(flags));
+  RW_ASSIGN_OR_RETURN(const auto cluster, LocalCluster::Start(options));
+  const absl::Time start_deadline = absl::Now() + options.start_timeout;
+  if (const absl::Status status = cluster->WaitServing(1, start_deadline, interrupt.fd()); !status.ok())
+    return absl::IsCancelled(status) ? absl::OkStatus() : status;
+  // Only now: whoever waits for the file may send its first request.
+  if (!flags.endpoint_file.empty())
+    RW_RETURN_IF_ERROR(WriteFileAtomically(flags.endpoint_file, absl::StrCat(cluster->endpoint(), "\n")));
+  PrintReady(*cluster, options);
+  while (!interrupt.has_come() && !cluster->is_finished())
+    RW_RETURN_IF_ERROR(cluster->Supervise(absl::InfiniteFuture(), interrupt.fd()));
+  interrupt.Acknowledge();
+  const absl::Status status = cluster->Drain(interrupt.fd());
+  std::error_code error;
+  if (!flags.endpoint_file.empty()) std::filesystem::remove(flags.endpoint_file, error);
+  return status;
+}
+
+}  // namespace
+
+void AddServe(CLI::App& app, Action& action) {
+  CLI::App* command = app.add_subcommand("serve", kDescription);
+  command->footer(kExamples);
+  const auto flags = std::make_shared<ServeFlags>();  // lives as long as the parser's callbacks
+  AddClusterFlags(*command, flags->cluster);
+  command->add_option("--replicas", flags->cluster.replicas, "Groups, each with the whole model")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  command->add_option("--kv", flags->kv, "How keys and values are stored")
+      ->check(CLI::IsMember({"f16", "f32", "int8", "int8-head"}))
+      ->capture_default_str();
+  command->add_option("--kv-scales", flags->kv_scales, "Folder with the int8 scales")->check(CLI::ExistingDirectory);
+  command->add_option("--listen", flags->listen, "HOST:PORT; port 0 takes a free one")->capture_default_str();
+  command->add_option("--endpoint-file", flags->endpoint_file, "Write HOST:PORT there once the first group serves");
+  command->add_option("--drain-timeout", flags->drain_seconds, "Seconds that live requests get to finish at the end")
+      ->check(CLI::Range(0.1, 86400.0))
+      ->capture_default_str();
+  const CLI::Range positive(1, 1 << 30);
+  command->add_option("--max-live", flags->max_live, "Requests held at once; more are refused")->check(positive);
+  command->add_option("--max-running", flags->max_running, "Sequences in one step")->check(positive);
+  command->add_option("--max-step-rows", flags->max_step_rows, "Tokens in one step")->check(positive);
+  command->add_option("--max-chunk-rows", flags->max_chunk_rows, "Prompt tokens of one request in one step")
+      ->check(positive);
+  command->add_option("--max-tokens", flags->max_tokens, "Prompt and generated tokens of one request")->check(positive);
+  command->add_flag("--no-prefix-cache", flags->is_prefix_cache_off,
+                    "Compute shared prompt beginnings again each time");
+  command->callback([flags, &action] { action = [flags] { return Serve(*flags); }; });
+}
+
+}  // namespace rankwise::launch

@@ -1,0 +1,286 @@
+// Text and ids from real processes: every parallelism and KV format, the reference, cancelled and refused requests.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <string>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "base/mapped_file.h"
+#include "launch/client.h"
+#include "nlohmann/json.hpp"
+#include "tests/e2e/serving.h"
+
+namespace rankwise::e2e {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::Not;
+using ::testing::SizeIs;
+
+constexpr char kPrompt[] = "Once upon a time";
+
+void ExpectWhole(const Reply& reply) {
+  ASSERT_TRUE(reply.status.ok()) << reply.status;
+  ASSERT_TRUE(reply.finish.has_value());
+  EXPECT_FALSE(reply.has_gap);
+  EXPECT_EQ(reply.finish->generated_tokens(), reply.ids.size());
+}
+
+struct Format {
+  const char* kv;
+  bool is_equal_for_all_tp;  // per-rank scales differ by nature
+};
+void PrintTo(const Format& format, std::ostream* out) { *out << format.kv; }
+
+class Generation : public ::testing::TestWithParam<Format> {};
+INSTANTIATE_TEST_SUITE_P(Formats, Generation,
+                         ::testing::Values(Format{"f32", true}, Format{"f16", true}, Format{"int8-head", true},
+                                           Format{"int8", false}),
+                         [](const auto& info) {
+                           std::string name = info.param.kv;
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+TEST_P(Generation, IsRepeatableAndIndependentOfTheNumberOfRanks) {
+  std::vector<std::vector<int32_t>> greedy, sampled;
+  for (const int tp : {1, 2}) {
+    const auto cluster = Serve({.tp = tp, .kv = GetParam().kv});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    auto& stub = (*cluster)->stub();
+    const Reply a = Generate(stub, Greedy(kPrompt, 48)), b = Generate(stub, Greedy(kPrompt, 48));
+    const Reply c = Generate(stub, Sampled(kPrompt, 48, 7)), d = Generate(stub, Sampled(kPrompt, 48, 7));
+    for (const Reply& reply : {a, b, c, d}) {
+      ExpectWhole(reply);
+      EXPECT_THAT(reply.text, Not(IsEmpty()));
+    }
+    EXPECT_EQ(a.ids, b.ids);
+    EXPECT_EQ(a.text, b.text);
+    EXPECT_EQ(c.ids, d.ids);
+    EXPECT_NE(a.ids, c.ids);
+    EXPECT_NE(c.ids, Generate(stub, Sampled(kPrompt, 48, 8)).ids);
+    greedy.push_back(a.ids);
+    sampled.push_back(c.ids);
+    EXPECT_TRUE(WaitIdle(stub).ok());
+    EXPECT_TRUE((*cluster)->Drain().ok());
+  }
+  if (GetParam().is_equal_for_all_tp) {
+    EXPECT_EQ(greedy[0], greedy[1]);
+    EXPECT_EQ(sampled[0], sampled[1]);
+  }
+}
+
+TEST(Reference, GreedyIdsEqualTheOracleAsFarAsItsMarginsReach) {
+  const auto text = ReadTextFile(DemoModel() + "/reference.json");
+  if (!text.ok()) GTEST_SKIP() << "no reference.json beside the demo model";
+  const auto reference = nlohmann::json::parse(*text);
+  // f32 logits are within 1e-4 of the float64 oracle's: only a smaller lead than twice that can be overturned.
+  constexpr double kSmallestMargin = 2e-4;
+  for (const int tp : {1, 2}) {
+    const auto cluster = Serve({.tp = tp});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    for (const auto& entry : reference["greedy"]) {
+      GenerateRequest request = Greedy("", 0);
+      const auto prompt = entry["prompt_ids"].get<std::vector<int32_t>>();
+      request.mutable_token_ids()->mutable_ids()->Assign(prompt.begin(), prompt.end());
+      auto expected = entry["output_ids"].get<std::vector<int32_t>>();
+      const auto margins = entry["margins"].get<std::vector<double>>();
+      size_t length = 0;
+      while (length < expected.size() && margins[length] >= kSmallestMargin) ++length;
+      EXPECT_GE(length, 16u);
+      expected.resize(length);
+      request.mutable_sampling()->set_max_tokens(static_cast<uint32_t>(length));
+      request.mutable_sampling()->set_ignore_eos(true);
+      const Reply reply = Generate((*cluster)->stub(), request);
+      ASSERT_TRUE(reply.status.ok()) << reply.status;
+      EXPECT_EQ(reply.ids, expected) << "tp " << tp;
+    }
+  }
+}
+
+class Requests : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    auto cluster = Serve({.tp = 2, .kv = "int8"});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    cluster_ = *std::move(cluster);
+  }
+  static void TearDownTestSuite() {
+    if (cluster_) EXPECT_TRUE(cluster_->Drain().ok());
+    cluster_.reset();
+  }
+  void SetUp() override { ASSERT_NE(cluster_, nullptr); }
+  // Whatever a test did: nothing is held, and the next request is served.
+  void TearDown() override {
+    if (!cluster_) return;
+    const absl::Status idle = WaitIdle(stub());
+    EXPECT_TRUE(idle.ok()) << idle;
+    ExpectWhole(Generate(stub(), Greedy(kPrompt, 4)));
+    EXPECT_EQ(cluster_->failures(), 0);
+  }
+  static rankwise::v1::Inference::Stub& stub() { return cluster_->stub(); }
+  static GenerateRequest Endless() {
+    GenerateRequest request = Greedy(kPrompt, 900);
+    request.mutable_sampling()->set_ignore_eos(true);
+    return request;
+  }
+
+  static inline std::unique_ptr<launch::LocalCluster> cluster_;
+};
+
+TEST_F(Requests, StopAtAStringAtATokenAndAtALength) {
+  const Reply whole = Generate(stub(), Greedy(kPrompt, 32));
+  ExpectWhole(whole);
+  EXPECT_EQ(whole.finish->reason(), rankwise::v1::FINISH_REASON_LENGTH);
+  ASSERT_THAT(whole.ids, SizeIs(32));
+
+  GenerateRequest request = Greedy(kPrompt, 32);
+  const std::string stop = whole.text.substr(whole.text.size() / 2, 5);
+  request.add_stop(stop);
+  const Reply stopped = Generate(stub(), request);
+  ASSERT_TRUE(stopped.finish);
+  EXPECT_EQ(stopped.finish->reason(), rankwise::v1::FINISH_REASON_STOP);
+  EXPECT_EQ(stopped.finish->matched_stop(), stop);
+  EXPECT_EQ(stopped.text, whole.text.substr(0, whole.text.find(stop)));
+
+  GenerateRequest by_token = Greedy(kPrompt, 32);
+  by_token.mutable_sampling()->add_stop_token_ids(whole.ids[9]);
+  const Reply token = Generate(stub(), by_token);
+  ASSERT_TRUE(token.finish);
+  EXPECT_EQ(token.finish->reason(), rankwise::v1::FINISH_REASON_STOP);
+  EXPECT_EQ(token.finish->stop_token_id(), whole.ids[9]);
+}
+
+TEST_F(Requests, ACancelFreesTheBlocks) {
+  const Reply reply = Generate(stub(), Endless(), {.should_cancel = [](const Reply& r) { return r.ids.size() >= 3; }});
+  EXPECT_TRUE(absl::IsCancelled(reply.status)) << reply.status;
+  EXPECT_LT(reply.ids.size(), 900u);
+}
+
+TEST_F(Requests, ADeadlineFreesTheBlocks) {
+  // Of the call: the client sees gRPC's own error.
+  const Reply call = Generate(stub(), Endless(), {.deadline = absl::Milliseconds(150)});
+  EXPECT_TRUE(absl::IsDeadlineExceeded(call.status) || call.finish.has_value()) << call.status;
+  // Of the request: the stream ends in good order.
+  GenerateRequest request = Endless();
+  request.set_timeout_ms(100);
+  const Reply reply = Generate(stub(), request);
+  ASSERT_TRUE(reply.status.ok()) << reply.status;
+  ASSERT_TRUE(reply.finish);
+  EXPECT_EQ(reply.finish->reason(), rankwise::v1::FINISH_REASON_DEADLINE);
+}
+
+TEST_F(Requests, AbortEndsTheStream) {
+  GenerateRequest request = Endless();
+  request.set_request_id("to-be-aborted");
+  rankwise::v1::AbortRequest abort;
+  abort.set_request_id("to-be-aborted");
+  bool was_found = false;
+  const Reply reply = Generate(stub(), request, {.should_cancel = [&](const Reply& r) {
+                                 if (!was_found && r.ids.size() >= 2) {
+                                   grpc::ClientContext context;
+                                   rankwise::v1::AbortResponse response;
+                                   was_found = stub().Abort(&context, abort, &response).ok() && response.found();
+                                 }
+                                 return false;
+                               }});
+  EXPECT_TRUE(was_found);
+  ASSERT_TRUE(reply.finish);
+  EXPECT_EQ(reply.finish->reason(), rankwise::v1::FINISH_REASON_CANCELLED);
+}
+
+TEST_F(Requests, BadOnesAreRefusedInWords) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  struct Case {
+    const char* word;  // of the message
+    std::function<void(GenerateRequest&)> change;
+  };
+  const Case cases[] = {
+      {"temperature", [](auto& r) { r.mutable_sampling()->set_temperature(kNan); }},
+      {"temperature", [](auto& r) { r.mutable_sampling()->set_temperature(-1); }},
+      {"top_p", [](auto& r) { r.mutable_sampling()->set_top_p(0); }},
+      {"top_p", [](auto& r) { r.mutable_sampling()->set_top_p(kNan); }},
+      {"min_p", [](auto& r) { r.mutable_sampling()->set_min_p(1.5f); }},
+      {"repetition_penalty", [](auto& r) { r.mutable_sampling()->set_repetition_penalty(0); }},
+      {"frequency_penalty", [](auto& r) { r.mutable_sampling()->set_frequency_penalty(kNan); }},
+      {"presence_penalty", [](auto& r) { r.mutable_sampling()->set_presence_penalty(3); }},
+      {"logit_bias", [](auto& r) { (*r.mutable_sampling()->mutable_logit_bias())[5] = kNan; }},
+      {"logit_bias", [](auto& r) { (*r.mutable_sampling()->mutable_logit_bias())[1 << 30] = 1; }},
+      {"logprobs", [](auto& r) { r.mutable_sampling()->set_logprobs(21); }},
+      {"max_tokens", [](auto& r) { r.mutable_sampling()->set_max_tokens(1u << 30); }},
+      {"min_tokens", [](auto& r) { r.mutable_sampling()->set_min_tokens(100); }},
+      {"n", [](auto& r) { r.set_n(65); }},
+      {"stop",
+       [](auto& r) {
+         for (int i = 0; i < 17; ++i) r.add_stop("x");
+       }},
+      {"stop", [](auto& r) { r.add_stop(std::string(257, 'x')); }},
+      {"priority", [](auto& r) { r.set_priority(101); }},
+      {"tenant", [](auto& r) { r.set_tenant(std::string(129, 'x')); }},
+      {"request_id", [](auto& r) { r.set_request_id(std::string(129, 'x')); }},
+      {"prompt", [](auto& r) { r.clear_prompt(); }},
+      {"token", [](auto& r) { r.mutable_token_ids()->add_ids(-1); }},
+      {"token", [](auto& r) { r.mutable_token_ids()->add_ids(1 << 30); }},
+      {"tokens", [](auto& r) { r.mutable_token_ids()->mutable_ids()->Resize(1'000'000, 5); }},
+  };
+  for (const Case& bad : cases) {
+    GenerateRequest request = Greedy(kPrompt, 8);
+    bad.change(request);
+    const Reply reply = Generate(stub(), request);
+    EXPECT_TRUE(absl::IsInvalidArgument(reply.status)) << bad.word << ": " << reply.status;
+    EXPECT_THAT(std::string(reply.status.message()), HasSubstr(bad.word));
+    EXPECT_THAT(reply.ids, IsEmpty());
+  }
+}
+
+TEST_F(Requests, TextThatIsNotUtf8IsRefused) {
+  GenerateRequest request = Greedy("", 8);
+  request.set_text("Once \xff\xfe upon");
+  const Reply reply = Generate(stub(), request);
+  EXPECT_FALSE(reply.status.ok());
+  EXPECT_FALSE(absl::IsUnavailable(reply.status)) << reply.status;
+}
+
+TEST_F(Requests, ModelAndLoadAreReported) {
+  grpc::ClientContext context;
+  rankwise::v1::GetModelInfoResponse model;
+  ASSERT_TRUE(stub().GetModelInfo(&context, {}, &model).ok());
+  EXPECT_EQ(model.family(), "llama");
+  EXPECT_EQ(model.tp(), 2u);
+  EXPECT_EQ(model.kv_format(), "int8");
+  EXPECT_THAT(model.kv_scales_id(), SizeIs(16));
+  const auto load = Load(stub());
+  ASSERT_TRUE(load.ok());
+  ASSERT_EQ(load->groups_size(), 1);
+  EXPECT_EQ(load->groups(0).ranks_size(), 2);
+  for (const auto& rank : load->groups(0).ranks()) {
+    EXPECT_TRUE(IsRunning(static_cast<int64_t>(rank.pid())));
+    EXPECT_GT(rank.kv_bytes(), 0u);
+  }
+}
+
+TEST_F(Requests, OverloadIsRefusedAtOnce) {
+  const auto small = Serve({.coordinator_flags = {"--max-live", "2"}});
+  ASSERT_TRUE(small.ok()) << small.status();
+  std::vector<std::thread> threads;
+  std::atomic<int> refused = 0, cancelled = 0;
+  for (int i = 0; i < 6; ++i)
+    threads.emplace_back([&] {
+      const Reply reply =
+          Generate((*small)->stub(), Endless(), {.should_cancel = [&](const Reply&) { return refused == 4; }});
+      if (absl::IsResourceExhausted(reply.status)) ++refused;
+      if (absl::IsCancelled(reply.status)) ++cancelled;
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(refused, 4);
+  EXPECT_TRUE(WaitIdle((*small)->stub()).ok());
+}
+
+}  // namespace
+}  // namespace rankwise::e2e

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "launch/local_cluster.h"
+
+// Real programs on loopback, and a client of theirs.
+namespace rankwise::e2e {
+
+using rankwise::v1::GenerateRequest;
+
+constexpr absl::Duration kPatience =
+    absl::Seconds(60);  // a deadline for what takes a second or two, also under a sanitizer
+
+std::string DemoModel();
+// A folder of this test program, removed at its end.
+const std::string& ScratchFolder();
+// The scales of the demo model for `tp` ranks, made by `rankwise calibrate` and `rankwise kv-qparams` on first use.
+absl::StatusOr<std::string> DemoScales(int tp);
+
+struct ServingOptions {
+  std::string model = DemoModel();
+  int tp = 1;
+  int replicas = 1;
+  std::string kv = "f32";
+  std::vector<std::string> worker_flags;
+  std::vector<std::string> coordinator_flags;
+};
+// All groups serve when it returns.
+absl::StatusOr<std::unique_ptr<launch::LocalCluster>> Serve(const ServingOptions& options);
+
+struct Reply {
+  absl::Status status;
+  std::vector<int32_t> ids;  // of all messages, in order
+  std::string text;
+  std::optional<rankwise::v1::Finish> finish;
+  bool has_gap = false;  // token_offset did not go on where the last message ended
+};
+
+struct CallOptions {
+  absl::Duration deadline = kPatience;
+  // Called after each message; true cancels the call.
+  std::function<bool(const Reply&)> should_cancel = [](const Reply&) { return false; };
+};
+// For one sample (n = 1).
+Reply Generate(rankwise::v1::Inference::Stub& stub, const GenerateRequest& request, const CallOptions& options = {});
+
+GenerateRequest Greedy(const std::string& text, uint32_t max_tokens);
+GenerateRequest Sampled(const std::string& text, uint32_t max_tokens, uint64_t seed);
+
+absl::StatusOr<rankwise::v1::GetLoadResponse> Load(rankwise::v1::Inference::Stub& stub);
+// Waits until no group holds a request or a block; DeadlineExceeded with the load when that never comes.
+absl::Status WaitIdle(rankwise::v1::Inference::Stub& stub, absl::Duration patience = kPatience);
+
+// Runs a sibling program to its end.
+struct Ended {
+  launch::ExitState state;
+  std::string log;
+};
+absl::StatusOr<Ended> RunProgram(const std::string& name, const std::vector<std::string>& arguments);
+
+bool IsRunning(int64_t pid);
+
+}  // namespace rankwise::e2e
