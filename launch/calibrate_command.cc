@@ -142,8 +142,9 @@ absl::StatusOr<ClusterOptions> ObservingCluster(const CalibrateFlags& flags, con
   const size_t window_tokens = windows.tokens[0].size();
   options.worker_flags.insert(
       options.worker_flags.end(),
-      {"--observe", path, "--dataset", flags.dataset, "--sample-tokens", absl::StrCat(window_tokens), "--max-tokens",
-       absl::StrCat(window_tokens + 1), "--max-running", absl::StrCat(kInFlight)});
+      {"--observe", path, "--dataset", flags.dataset, "--samples", absl::StrCat(windows.tokens.size()),
+       "--sample-tokens", absl::StrCat(window_tokens), "--max-tokens", absl::StrCat(window_tokens + 1), "--max-running",
+       absl::StrCat(kInFlight)});
   return options;
 }
 
@@ -184,7 +185,7 @@ absl::Status Calibrate(const CalibrateFlags& flags) {
   RW_RETURN_IF_ERROR(cluster->Drain(interrupt.fd()));
 
   RW_ASSIGN_OR_RETURN(const kv::KvStatistics statistics, kv::ReadKvStatistics(path));
-  absl::PrintF("%s: %d layers, %d KV heads of %d channels; %d windows, %d tokens of %s\n", path, statistics.n_layers,
+  absl::PrintF("%s: %d layers, %d KV heads of %d channels; %d windows of %d tokens of %s\n", path, statistics.n_layers,
                statistics.n_kv_heads, statistics.head_dim, statistics.sample_count, statistics.sample_tokens,
                statistics.dataset);
   return absl::OkStatus();

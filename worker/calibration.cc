@@ -33,7 +33,8 @@ absl::Status Merge(const std::string& bytes, const shard::ShardPlan& plan, kv::K
   const char* source = bytes.data();
   std::vector<float> part(count);
   for (int layer = 0; layer < statistics.n_layers; ++layer) {
-    const int64_t offset = (static_cast<int64_t>(layer) * statistics.n_kv_heads + plan.kv_heads.begin) * statistics.head_dim;
+    const int64_t offset =
+        (static_cast<int64_t>(layer) * statistics.n_kv_heads + plan.kv_heads.begin) * statistics.head_dim;
     for (auto* whole : {&statistics.k_min, &statistics.k_max, &statistics.v_min, &statistics.v_max}) {
       std::memcpy(part.data(), source, count * sizeof(float));
       source += count * sizeof(float);
@@ -50,7 +51,7 @@ absl::Status Merge(const std::string& bytes, const shard::ShardPlan& plan, kv::K
 }  // namespace
 
 absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& path,
-                               const std::string& dataset, int64_t tokens_per_sample, absl::Duration timeout) {
+                               const SampleInfo& samples, absl::Duration timeout) {
   std::vector<std::string> parts;
   RW_RETURN_IF_ERROR(communicator.GatherMessages(Serialize(rank.decoder->observations()), parts, timeout));
   absl::Status written;
@@ -62,8 +63,9 @@ absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& com
                                 .n_layers = config.n_layers,
                                 .n_kv_heads = config.n_kv_heads,
                                 .head_dim = config.head_dim,
-                                .dataset = dataset,
-                                .sample_tokens = tokens_per_sample,
+                                .dataset = samples.dataset,
+                                .sample_count = samples.sample_count,
+                                .sample_tokens = samples.sample_tokens,
                                 .k_min = std::vector<float>(count, kInfinity),
                                 .k_max = std::vector<float>(count, -kInfinity),
                                 .v_min = std::vector<float>(count, kInfinity),

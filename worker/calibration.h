@@ -10,9 +10,16 @@
 
 namespace rankwise {
 
+// What the statistics file says about the text; the worker itself sees only token ids.
+struct SampleInfo {
+  std::string dataset;
+  int64_t sample_count = 0;   // 0: unknown
+  int64_t sample_tokens = 0;  // of one sample; 0: unknown
+};
+
 // Collective, at the end of a group that observed K and V: gathers every rank's ranges and lets rank 0 write the whole
-// model's statistics file. FailedPrecondition when no token was seen. `tokens_per_sample` of 0 is recorded as unknown.
+// model's statistics file. FailedPrecondition when no token was seen.
 absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& path,
-                               const std::string& dataset, int64_t tokens_per_sample, absl::Duration timeout);
+                               const SampleInfo& samples, absl::Duration timeout);
 
 }  // namespace rankwise

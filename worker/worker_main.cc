@@ -2,13 +2,12 @@
 
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <string>
-
-#include <CLI/CLI.hpp>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -38,6 +37,7 @@ struct Flags {
   std::string coordinator_file;
   std::string observe_file;
   std::string dataset;
+  int64_t sample_count = 0;
   int64_t sample_tokens = 0;
   bool has_no_prefix_cache = false;
   double step_timeout_seconds = 60;
@@ -74,6 +74,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--observe", flags.observe_file,
                  "Calibration: keep K and V ranges and write this statistics file when stopped");
   app.add_option("--dataset", flags.dataset, "With --observe: the data's name, kept in the statistics");
+  app.add_option("--samples", flags.sample_count, "With --observe: number of samples, kept in the statistics");
   app.add_option("--sample-tokens", flags.sample_tokens, "With --observe: tokens per sample, kept in the statistics");
   app.add_option("--step-timeout", flags.step_timeout_seconds, "Seconds a rank waits for another one's part of a step")
       ->capture_default_str()
@@ -205,7 +206,8 @@ int Run(Flags& flags) {
   const absl::Time begin = absl::Now();
   const absl::Status loaded = Load(flags, mpi, backend, rank, **communicator, address);
   if (!loaded.ok()) {
-    if ((*communicator)->rank() == 0) spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
+    if ((*communicator)->rank() == 0)
+      spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
     return kExitConfiguration;
   }
   const bool is_lead = (*communicator)->rank() == 0;
@@ -218,8 +220,10 @@ int Run(Flags& flags) {
   absl::Status ended = is_lead ? Lead(flags, rank, *backend, **communicator, address, report)
                                : engine::Follow(*rank.executor, **communicator, flags.rank.collective_timeout, report);
   if (ended.ok() && !flags.observe_file.empty()) {
-    ended = WriteObservations(rank, **communicator, flags.observe_file, flags.dataset, flags.sample_tokens,
-                              flags.rank.collective_timeout);
+    ended = WriteObservations(
+        rank, **communicator, flags.observe_file,
+        {.dataset = flags.dataset, .sample_count = flags.sample_count, .sample_tokens = flags.sample_tokens},
+        flags.rank.collective_timeout);
   }
   if (!ended.ok()) {
     spdlog::error("rank {}: {}", (*communicator)->rank(), std::string(ended.message()));

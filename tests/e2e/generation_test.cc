@@ -112,7 +112,9 @@ class Requests : public ::testing::Test {
     cluster_ = *std::move(cluster);
   }
   static void TearDownTestSuite() {
-    if (cluster_) EXPECT_TRUE(cluster_->Drain().ok());
+    if (!cluster_) return;
+    const absl::Status drained = cluster_->Drain();
+    EXPECT_TRUE(drained.ok()) << drained;
     cluster_.reset();
   }
   void SetUp() override { ASSERT_NE(cluster_, nullptr); }

@@ -75,13 +75,9 @@ class MpiCommunicator final : public Communicator {
     statuses_.resize(2 * size);
   }
 
+  // Never MPI_Comm_free: a peer may still send for a call that this rank left, and the next communicator would get it.
   ~MpiCommunicator() override {
-    if (broken_.ok()) {
-      MPI_Comm_free(&comm_);
-      return;
-    }
-    // A late peer may still talk to a broken communicator: neither its identity nor its memory may be used again.
-    if (!requests_.empty()) buffers_.release();
+    if (!requests_.empty()) buffers_.release();  // MPI may still write to them.
   }
 
   int rank() const override { return rank_; }
@@ -130,7 +126,7 @@ class MpiCommunicator final : public Communicator {
   absl::Status FailLate();
   std::string Here() const { return absl::StrCat("rank ", rank_, ": ", Name(collective_), ": "); }
 
-  MPI_Comm comm_;
+  const MPI_Comm comm_;
   const int rank_;
   const int size_;
   std::unique_ptr<Buffers> buffers_;

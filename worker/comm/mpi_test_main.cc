@@ -82,14 +82,14 @@ class Referee : public testing::EmptyTestEventListener {
       : session_(session), communicator_(std::move(communicator)), watchdog_(watchdog) {}
 
   void OnTestStart(const testing::TestInfo& test) override {
-    watchdog_.Progress(absl::StrCat(test.test_suite_name(), ".", test.name()));
+    test_ = absl::StrCat(test.test_suite_name(), ".", test.name());
+    watchdog_.Progress(test_);
   }
 
+  // gtest holds its lock here: asking it for the current test would wait for ever.
   void OnTestPartResult(const testing::TestPartResult& part) override {
-    if (const testing::TestInfo* test = testing::UnitTest::GetInstance()->current_test_info(); test != nullptr) {
-      watchdog_.Progress(absl::StrCat(test->test_suite_name(), ".", test->name(), " after ", part.file_name(), ":",
-                                      part.line_number()));
-    }
+    const char* file = part.file_name() == nullptr ? "unknown" : part.file_name();
+    watchdog_.Progress(absl::StrCat(test_, " after ", file, ":", part.line_number()));
   }
 
   void OnTestEnd(const testing::TestInfo& test) override {
@@ -102,8 +102,7 @@ class Referee : public testing::EmptyTestEventListener {
     }
     status.Update(communicator_->Broadcast(verdict, kReportTimeout));
     if (!status.ok()) {
-      std::fprintf(stderr, "%s.%s: the ranks cannot agree: %s\n", test.test_suite_name(), test.name(),
-                   status.ToString().c_str());
+      std::fprintf(stderr, "%s: the ranks cannot agree: %s\n", test_.c_str(), status.ToString().c_str());
       session_.Abort(EXIT_FAILURE);
     }
     if (!verdict.empty()) ADD_FAILURE() << verdict;
@@ -113,6 +112,7 @@ class Referee : public testing::EmptyTestEventListener {
   const MpiSession& session_;
   std::unique_ptr<Communicator> communicator_;
   Watchdog& watchdog_;
+  std::string test_;
 };
 
 std::unique_ptr<Communicator> CommunicatorOrAbort(const MpiSession& session) {

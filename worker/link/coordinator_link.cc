@@ -20,8 +20,8 @@ absl::Status FromGrpc(const grpc::Status& status) {
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
 }
 
-// gRPC's threads push what comes in and write what goes out; the engine's thread pops and pushes. The reactor owns itself while
-// the call lives, so that a link can be dropped at any time.
+// gRPC's threads push what comes in and write what goes out; the engine's thread pops and pushes. The reactor owns
+// itself while the call lives, so that a link can be dropped at any time.
 class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::enable_shared_from_this<Stream> {
  public:
   explicit Stream(const std::shared_ptr<grpc::Channel>& channel) : stub_(worker::v1::Groups::NewStub(channel)) {}
@@ -55,7 +55,8 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::e
   absl::StatusOr<ToGroup> Pop(absl::Duration wait) {
     absl::MutexLock lock(&mutex_);
     const auto has_news = [this] { return !arrived_.empty() || is_done_; };
-    if (!mutex_.AwaitWithTimeout(absl::Condition(&has_news), wait)) return absl::DeadlineExceededError("no message in time");
+    if (!mutex_.AwaitWithTimeout(absl::Condition(&has_news), wait))
+      return absl::DeadlineExceededError("no message in time");
     if (arrived_.empty()) return ended_.ok() ? absl::UnavailableError("the coordinator closed the stream") : ended_;
     ToGroup message = std::move(arrived_.front());
     arrived_.pop_front();
@@ -138,7 +139,8 @@ class GrpcLink : public CoordinatorLink {
       wait = absl::ZeroDuration();
       if (message->has_submit()) inbox.submits.push_back(std::move(*message->mutable_submit()));
       if (message->has_cancel()) {
-        inbox.cancels.insert(inbox.cancels.end(), message->cancel().sequences().begin(), message->cancel().sequences().end());
+        inbox.cancels.insert(inbox.cancels.end(), message->cancel().sequences().begin(),
+                             message->cancel().sequences().end());
       }
       if (message->has_stop()) inbox.should_stop = true;
     }
@@ -159,7 +161,8 @@ class GrpcLink : public CoordinatorLink {
   absl::Status Finish(absl::Duration timeout) override {
     stream_->PushWritesDone();
     if (stream_->AwaitDone(timeout)) return absl::OkStatus();
-    return absl::DeadlineExceededError(absl::StrCat("the coordinator did not end the stream within ", absl::FormatDuration(timeout)));
+    return absl::DeadlineExceededError(
+        absl::StrCat("the coordinator did not end the stream within ", absl::FormatDuration(timeout)));
   }
 
  private:
@@ -187,6 +190,10 @@ absl::StatusOr<std::unique_ptr<CoordinatorLink>> CoordinatorLink::Connect(const 
   }
   auto stream = std::make_shared<Stream>(channel);
   stream->Start(join);
+  // gRPC's callback threads end with the last channel that used them, and abort when one of them drops it, as a stream
+  // that outlives its link does. So the newest channel always lives.
+  static auto& newest = *new std::shared_ptr<grpc::Channel>;
+  newest = channel;
   absl::StatusOr<ToGroup> first = stream->Pop(options.connect_timeout);
   if (first.ok() && first->has_welcome()) return std::make_unique<GrpcLink>(std::move(stream), first->welcome());
   stream->Cancel();
