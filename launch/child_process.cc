@@ -13,18 +13,31 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <set>
 #include <system_error>
 
 #include "absl/algorithm/container.h"
+#include "absl/base/thread_annotations.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/synchronization/mutex.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
 namespace rankwise::launch {
 namespace {
+
+// The pids of all living ChildProcess objects: what KillOrphans spares.
+struct Owned {
+  absl::Mutex mutex;
+  std::set<pid_t> pids ABSL_GUARDED_BY(mutex);
+};
+Owned& AllOwned() {
+  static Owned& owned = *new Owned;
+  return owned;
+}
 
 // Everything the child needs between fork and exec, where it may not allocate.
 struct Launch {
@@ -120,6 +133,9 @@ absl::StatusOr<std::unique_ptr<ChildProcess>> ChildProcess::Start(const ChildOpt
   const int pidfd = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
   RW_CHECK(pidfd >= 0, std::strerror(errno));
   fcntl(pidfd, F_SETFD, FD_CLOEXEC);
+  Owned& owned = AllOwned();
+  absl::MutexLock lock(&owned.mutex);
+  owned.pids.insert(pid);
   return std::unique_ptr<ChildProcess>(new ChildProcess(pid, pidfd, options.log_path));
 }
 
@@ -129,6 +145,9 @@ ChildProcess::~ChildProcess() {
     Wait(absl::Now() + absl::Seconds(10));
   }
   close(pidfd_);
+  Owned& owned = AllOwned();
+  absl::MutexLock lock(&owned.mutex);
+  owned.pids.erase(pid_);
 }
 
 std::optional<ExitState> ChildProcess::Wait(absl::Time deadline) {
@@ -166,12 +185,14 @@ std::string ChildProcess::LogTail(size_t lines) const {
 
 void AdoptOrphans() { RW_CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0, std::strerror(errno)); }
 
-int KillOrphans(const std::vector<pid_t>& known) {
+int KillOrphans() {
+  Owned& owned = AllOwned();
+  absl::MutexLock lock(&owned.mutex);
   int count = 0;
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator("/proc", error)) {
     int pid = 0;
-    if (!absl::SimpleAtoi(entry.path().filename().string(), &pid) || absl::c_linear_search(known, pid)) continue;
+    if (!absl::SimpleAtoi(entry.path().filename().string(), &pid) || owned.pids.contains(pid)) continue;
     std::ifstream file(entry.path() / "stat");
     std::string stat;
     std::getline(file, stat);
@@ -182,7 +203,7 @@ int KillOrphans(const std::vector<pid_t>& known) {
     if (fields.size() < 2 || !absl::SimpleAtoi(fields[1], &parent) || parent != getpid()) continue;
     kill(pid, SIGKILL);
     waitpid(pid, nullptr, 0);
-    ++count;
+    if (fields[0] != "Z") ++count;
   }
   return count;
 }

@@ -60,8 +60,8 @@ class ChildProcess {
 // Makes this process the parent of every descendant whose own parent dies, so that KillOrphans can find them. Ranks of
 // a killed mpirun are such.
 void AdoptOrphans();
-// Kills and reaps the children of this process that are not in `known`. Returns how many there were.
-int KillOrphans(const std::vector<pid_t>& known);
+// Kills and reaps the children of this process that no ChildProcess owns. Returns how many of them still ran.
+int KillOrphans();
 
 // A folder that nobody else can read, made in `parent` and removed with all it holds.
 class PrivateFolder {

@@ -61,17 +61,17 @@ TEST(ChildProcess, TheDestructorKillsTheWholeGroup) {
   ASSERT_TRUE(absl::SimpleAtoi(*ReadTextFile(path), &grandchild));
   AdoptOrphans();
   child.reset();
-  KillOrphans({});  // reaps it
+  KillOrphans();  // reaps it
   EXPECT_EQ(kill(grandchild, 0), -1);
 }
 
-TEST(KillOrphans, FindsWhatLostItsParentAndSparesTheKnown) {
+TEST(KillOrphans, FindsWhatLostItsParentAndSparesTheOwned) {
   AdoptOrphans();
   const auto known = Shell("sleep 100");
   // The middle process ends at once: its background child becomes ours.
   const auto middle = Shell("sleep 100 & exit 0");
   ASSERT_TRUE(middle->Wait(Soon()));
-  EXPECT_EQ(KillOrphans({known->pid()}), 1);
+  EXPECT_EQ(KillOrphans(), 1);
   EXPECT_FALSE(known->Wait(absl::InfinitePast()));
 }
 

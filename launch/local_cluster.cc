@@ -65,7 +65,7 @@ void LocalCluster::Kill() {
     program.child.reset();
     program.is_finished = true;
   }
-  KillOrphans({});
+  KillOrphans();
   is_finished_ = true;
 }
 
@@ -146,11 +146,7 @@ absl::Status LocalCluster::WithTail(absl::StatusCode code, const std::string& me
 }
 
 void LocalCluster::KillOrphansOfGroups() {
-  std::vector<pid_t> known;
-  for (const Program& program : programs_)
-    if (program.child) known.push_back(program.child->pid());
-  if (const int count = KillOrphans(known); count > 0)
-    spdlog::warn("killed {} processes that had lost their mpirun", count);
+  if (const int count = KillOrphans(); count > 0) spdlog::warn("killed {} processes that had lost their mpirun", count);
 }
 
 absl::Status LocalCluster::OnEnd(Program& program, const ExitState& state) {

@@ -103,8 +103,9 @@ absl::StatusOr<StepPlan> DecodeStepPlan(absl::string_view bytes, const StepLimit
     const auto count = static_cast<int64_t>(segment.tokens.size());
     rows += count;
     if (count == 0 || segment.first_position + count > limits.max_positions) {
-      return absl::InvalidArgumentError(absl::StrCat("step plan: slot ", segment.slot, " has ", count, " rows from position ",
-                                                     segment.first_position, " of ", limits.max_positions));
+      return absl::InvalidArgumentError(absl::StrCat("step plan: slot ", segment.slot, " has ", count,
+                                                     " rows from position ", segment.first_position, " of ",
+                                                     limits.max_positions));
     }
   }
   if (rows > limits.max_rows) {

@@ -15,7 +15,7 @@ enum class LogitsNeed : uint8_t { kNone, kLast, kAll };
 
 // Consecutive positions of one sequence.
 struct StepSegment {
-  int32_t slot = 0;                 // where the ranks keep the sequence's block table
+  int32_t slot = 0;  // where the ranks keep the sequence's block table
   int32_t first_position = 0;
   LogitsNeed logits = LogitsNeed::kNone;
   std::vector<int32_t> tokens;      // [rows], at least one
@@ -42,8 +42,8 @@ struct StepPlan {
 struct StepLimits {
   int32_t slot_count = 0;
   int32_t block_count = 0;
-  int32_t max_rows = 0;      // Σ tokens
-  int32_t max_positions = 0; // of one sequence
+  int32_t max_rows = 0;       // Σ tokens
+  int32_t max_positions = 0;  // of one sequence
   int32_t vocab_size = 0;
 };
 

@@ -7,14 +7,17 @@
 namespace rankwise {
 namespace {
 
-constexpr StepLimits kLimits = {.slot_count = 8, .block_count = 100, .max_rows = 64, .max_positions = 200, .vocab_size = 1000};
+constexpr StepLimits kLimits = {
+    .slot_count = 8, .block_count = 100, .max_rows = 64, .max_positions = 200, .vocab_size = 1000};
 
 StepPlan Example() {
-  return {.kind = StepKind::kRun,
-          .step = 123456789012,
-          .cleared_slots = {3, 7},
-          .segments = {{.slot = 3, .first_position = 0, .logits = LogitsNeed::kNone, .tokens = {1, 999, 0}, .new_blocks = {99, 0}},
-                       {.slot = 1, .first_position = 199, .logits = LogitsNeed::kLast, .tokens = {5}}}};
+  return {
+      .kind = StepKind::kRun,
+      .step = 123456789012,
+      .cleared_slots = {3, 7},
+      .segments = {
+          {.slot = 3, .first_position = 0, .logits = LogitsNeed::kNone, .tokens = {1, 999, 0}, .new_blocks = {99, 0}},
+          {.slot = 1, .first_position = 199, .logits = LogitsNeed::kLast, .tokens = {5}}}};
 }
 
 TEST(StepPlanTest, SurvivesItsWireForm) {
@@ -28,7 +31,8 @@ TEST(StepPlanTest, SurvivesItsWireForm) {
 TEST(StepPlanTest, ADecodeStepOfManySequencesIsSmall) {
   StepPlan plan{.kind = StepKind::kRun, .step = 1 << 20};
   for (int slot = 0; slot < 64; ++slot) {
-    plan.segments.push_back({.slot = slot, .first_position = 1000 + slot, .logits = LogitsNeed::kLast, .tokens = {30000}});
+    plan.segments.push_back(
+        {.slot = slot, .first_position = 1000 + slot, .logits = LogitsNeed::kLast, .tokens = {30000}});
   }
   EXPECT_LT(EncodeStepPlan(plan).size(), 640u);
 }
@@ -58,7 +62,8 @@ TEST(StepPlanTest, MutatedBytesNeverCrashOrPassTheLimits) {
   int accepted = 0;
   for (int round = 0; round < 50000; ++round) {
     std::string bytes = whole;
-    for (int i = 0; i < 1 + static_cast<int>(random() % 4); ++i) bytes[random() % bytes.size()] = static_cast<char>(random());
+    for (int i = 0; i < 1 + static_cast<int>(random() % 4); ++i)
+      bytes[random() % bytes.size()] = static_cast<char>(random());
     if (random() % 4 == 0) bytes.resize(random() % (bytes.size() + 1));
     const auto plan = DecodeStepPlan(bytes, kLimits);
     if (!plan.ok()) continue;

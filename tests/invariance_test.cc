@@ -1,5 +1,5 @@
-// The tokens of a request are a pure function of weights, KV format, prompt and sampling. Everything else is varied here and
-// compared with `==`: tokens, and the bits of their log-probabilities.
+// The tokens of a request are a pure function of weights, KV format, prompt and sampling. Everything else is varied
+// here and compared with `==`: tokens, and the bits of their log-probabilities.
 
 #include <gtest/gtest.h>
 

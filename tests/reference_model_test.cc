@@ -57,7 +57,8 @@ TEST_P(StoriesTest, GreedyIdsEqualTheReference) {
     request.sampling = {.max_tokens = static_cast<int32_t>(prompt["output_ids"].size()),
                         .temperature = 0,
                         .ignore_eos = true,
-                        .logprobs = 0};
+                        .logprobs = 0,
+                        .prompt_logprobs = 0};
     requests.push_back(request);
   }
   const auto results = RunAll((*group)->engine(), requests);
@@ -65,9 +66,12 @@ TEST_P(StoriesTest, GreedyIdsEqualTheReference) {
     const auto& expected = reference_["prompts"][i];
     const Result& result = results.at(engine::SequenceId{i});
     EXPECT_EQ(result.tokens, expected["output_ids"].get<std::vector<int32_t>>()) << "prompt " << i;
+    // Of every token behind the first, prompt and generated.
     const auto logprobs = expected["token_logprobs"].get<std::vector<float>>();
-    ASSERT_EQ(result.logprobs.size(), logprobs.size());
-    for (size_t t = 0; t < logprobs.size(); ++t) EXPECT_NEAR(result.logprobs[t], logprobs[t], 1e-4);
+    std::vector<float> all = result.prompt_logprobs;
+    all.insert(all.end(), result.logprobs.begin(), result.logprobs.end());
+    ASSERT_EQ(all.size(), logprobs.size());
+    for (size_t t = 0; t < logprobs.size(); ++t) EXPECT_NEAR(all[t], logprobs[t], 1e-4);
   }
 }
 
@@ -90,7 +94,8 @@ TEST_P(StoriesTest, LogitsAreWithin1e4OfTheReference) {
         std::vector<int32_t> tokens = prompts[p]["input_ids"];
         const auto generated = prompts[p]["output_ids"].get<std::vector<int32_t>>();
         tokens.insert(tokens.end(), generated.begin(), generated.end() - 1);
-        StepPlan plan{.kind = StepKind::kRun, .cleared_slots = {0}, .segments = {{.logits = LogitsNeed::kAll, .tokens = tokens}}};
+        StepPlan plan{
+            .kind = StepKind::kRun, .cleared_slots = {0}, .segments = {{.logits = LogitsNeed::kAll, .tokens = tokens}}};
         for (int b = 0; b * kernels::kKvBlockTokens < static_cast<int>(tokens.size()); ++b) {
           plan.segments[0].new_blocks.push_back(b);
         }
@@ -120,18 +125,27 @@ TEST_P(StoriesTest, LogitsAreWithin1e4OfTheReference) {
 INSTANTIATE_TEST_SUITE_P(TensorParallel, StoriesTest, ::testing::Values(1, 2, 4));
 
 // The model of this repository against a double-precision forward of its shipped f16 weights.
-TEST(ShippedModelTest, GreedyIdsEqualTheReference) {
+TEST(ShippedModelTest, GreedyIdsAndHeldOutNllEqualTheReference) {
   const std::string model_dir = SourcePath("launch/demo_model");
   const auto reference = nlohmann::json::parse(*ReadTextFile(model_dir + "/reference.json"));
   for (const int tp : {1, 2, 4}) {
     auto group = ThreadGroup::Start(F32Options(model_dir), tp);
     ASSERT_TRUE(group.ok()) << group.status();
     uint64_t id = 0;
-    for (const auto& prompt : reference["prompts"]) {
+    for (const auto& prompt : reference["greedy"]) {
       const auto expected = prompt["output_ids"].get<std::vector<int32_t>>();
-      engine::Request request{.id = engine::SequenceId{++id}, .prompt = prompt["input_ids"]};
+      engine::Request request{.id = engine::SequenceId{++id}, .prompt = prompt["prompt_ids"]};
       request.sampling = {.max_tokens = static_cast<int32_t>(expected.size()), .temperature = 0, .ignore_eos = true};
       EXPECT_EQ(RunAlone((*group)->engine(), request).tokens, expected) << "tp " << tp << ", prompt " << id;
+    }
+    for (const auto& window : reference["windows"]) {
+      engine::Request request{.id = engine::SequenceId{++id}, .prompt = window["ids"]};
+      request.sampling = {.max_tokens = 1, .temperature = 0, .prompt_logprobs = 0};
+      const Result result = RunAlone((*group)->engine(), request);
+      ASSERT_EQ(result.prompt_logprobs.size(), request.prompt.size() - 1);
+      double nll = 0;
+      for (const float logprob : result.prompt_logprobs) nll -= logprob;
+      EXPECT_NEAR(nll / static_cast<double>(result.prompt_logprobs.size()), window["mean_nll"].get<double>(), 1e-5);
     }
   }
 }

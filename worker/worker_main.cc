@@ -250,12 +250,9 @@ int main(int argc, char** argv) {
   if (!flags.kv_memory.empty()) {
     uint64_t bytes = 0;
     std::string text = flags.kv_memory;
-    try {
-      text = CLI::AsSizeValue(false)(text);
-    } catch (const CLI::ValidationError&) {
-      text.clear();
-    }
-    if (!absl::SimpleAtoi(text, &bytes) || bytes == 0 || bytes > (uint64_t{1} << 50)) {
+    // The validator rewrites the text as a number and returns what is wrong with it.
+    if (!CLI::AsSizeValue(false)(text).empty() || !absl::SimpleAtoi(text, &bytes) || bytes == 0 ||
+        bytes > (uint64_t{1} << 50)) {
       spdlog::error("--kv-memory {} is not a size such as 512M or 4G", flags.kv_memory);
       return kExitConfiguration;
     }

@@ -1,128 +1,176 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
-#include <memory>
 #include <optional>
 #include <set>
-#include <span>
 #include <string>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "coordinator/cluster/pending_queue.h"
 #include "proto/worker.pb.h"
 
-// Which worker groups exist, what they hold, and the replay of what a lost one held. No socket, thread or clock of its own:
-// time comes in as an argument.
+// Which worker groups exist, what they hold, and the replay of what a lost one held. No socket, thread or clock of its
+// own: time comes in as an argument.
 namespace rankwise::cluster {
+
+enum class RequestKey : uint64_t {};
 
 // The coordinator's end of one group's stream. Called with the cluster's lock held: it may only queue.
 class GroupChannel {
  public:
   virtual ~GroupChannel() = default;
   virtual void Send(worker::v1::ToGroup message) = 0;
-  // The epoch is over: end the stream.
+  // The epoch is over: end the stream. No call follows.
   virtual void Close(const absl::Status& reason) = 0;
 };
 
-// What ends a sequence besides its own output.
+// What ends a sample besides its own output.
 enum class Ending : uint8_t { kCancelled, kDeadline };
 
-// Who waits for a sequence's tokens. Called with the cluster's lock held, in order, and never after a call that ended the
-// sequence: it may only queue, and must not call the cluster.
-class SequenceListener {
+// Who waits for a request's tokens. Called with the cluster's lock held: it may only queue, and must not call the
+// cluster. `sample` counts from 0; no call follows the one that ended a sample.
+class SampleListener {
  public:
-  virtual ~SequenceListener() = default;
-  // New tokens, each once and in order. False when the listener has seen enough (a stop string): the sequence ends.
-  virtual bool OnOutput(uint64_t sequence, const worker::v1::SequenceOutput& output, uint32_t replays) = 0;
-  virtual void OnEnd(uint64_t sequence, Ending ending, uint32_t replays) = 0;
-  virtual void OnFailed(uint64_t sequence, const absl::Status& status) = 0;
+  virtual ~SampleListener() = default;
+  // New tokens, each once and in order; output.finished() ends the sample. False when the listener has seen enough (a
+  // stop string), which ends it too.
+  virtual bool OnOutput(uint32_t sample, const worker::v1::SequenceOutput& output, uint32_t replays) = 0;
+  virtual void OnEnd(uint32_t sample, Ending ending, uint32_t replays) = 0;
+  // Ends all samples of the request.
+  virtual void OnFailed(const absl::Status& status) = 0;
 };
 
 struct ClusterOptions {
-  uint32_t max_live = 1024;                         // sequences accepted and unfinished
-  absl::Duration group_timeout = absl::Seconds(10); // without a heartbeat a group is lost
-  absl::Duration group_wait = absl::Seconds(30);    // how long a sequence waits while there is no group
+  uint32_t max_live = 1024;                          // samples accepted and unfinished
+  absl::Duration group_timeout = absl::Seconds(10);  // without a heartbeat a group is lost
+  absl::Duration group_wait = absl::Seconds(30);     // how long a sample waits while there is no group
+  // A sample that loses so many groups in a row and gets no token from any is taken for their end, and fails.
+  uint32_t max_fruitless_replays = 4;
+};
+
+struct Request {
+  std::string id;  // unique among the live ones
+  std::string tenant;
+  worker::v1::Submit sequence;  // sample i uses its seed + i; `sequence` and `generated` are not set
+  uint32_t samples = 1;
+  absl::Time deadline = absl::InfiniteFuture();
+  SampleListener* listener = nullptr;  // must outlive the request
 };
 
 // Thread-safe: one lock, held for short work.
 //
-// Invariants: (1) A sequence is pending, or belongs to one live epoch. (2) Its delivered tokens are a prefix of what any group
-// would generate for it, and `delivered.size()` is the only offset at which output is taken. (3) Output of a dead epoch
-// changes nothing.
+// Invariants: (1) A sequence waits in `pending_`, or belongs to exactly one live epoch. (2) `generated` of a sequence
+// is what its listener got, and its length is the only offset at which output is taken. (3) Messages of a dead epoch
+// change nothing. (4) A group's and a tenant's outstanding tokens are the sums over the sequences that groups hold.
 class Cluster {
  public:
   explicit Cluster(const ClusterOptions& options) : options_(options) {}
 
-  // FailedPrecondition naming what differs when the group does not serve the same model in the same way as the first one.
+  // Groups. `channel` must live until Leave. FailedPrecondition names what differs when the group does not serve the
+  // same model in the same way as the others. The welcome is sent on `channel` before any work.
   absl::StatusOr<worker::v1::Welcome> Join(const worker::v1::Join& join, GroupChannel* channel, absl::Time now);
   // The stream of `epoch` ended: what it held is submitted again, with the tokens delivered so far. Idempotent.
   void Leave(uint64_t epoch, absl::Time now);
   void TakeLoad(uint64_t epoch, const rankwise::v1::GroupLoad& load, absl::Time now);
+  // A group that breaks the protocol loses its epoch.
   void TakeOutputs(uint64_t epoch, const worker::v1::Outputs& outputs, absl::Time now);
 
-  // Accepts all sequences or none, and gives them their numbers; `accepted` hears them before the listener hears anything,
-  // with the lock held. ResourceExhausted when they would exceed max_live, Unavailable while draining. `listener` must live
-  // until each sequence has ended or Remove was called for it.
-  absl::StatusOr<std::vector<uint64_t>> Submit(std::vector<worker::v1::Submit> sequences, SequenceListener* listener,
-                                               absl::Time deadline, absl::Time now,
-                                               const std::function<void(std::span<const uint64_t>)>& accepted);
-  // Forgets the sequence and frees what its group holds for it. No call to its listener follows. Idempotent.
-  void Remove(uint64_t sequence);
-  // The same, after telling its listener.
-  void End(uint64_t sequence, Ending ending);
+  // Requests. ResourceExhausted when `samples` more would exceed max_live, Unavailable while draining: Submit would
+  // refuse.
+  absl::Status CheckRoom(uint32_t samples) const;
+  // All samples or none. Also AlreadyExists when a live request has the same id.
+  absl::StatusOr<RequestKey> Submit(Request request, absl::Time now);
+  // Forgets the request and frees what groups hold for it. No call to its listener follows. Idempotent.
+  void Forget(RequestKey key);
+  // Cancels the request and tells its listener. False when there is none.
+  bool Abort(const std::string& id);
+  void FailAll(const absl::Status& status);
 
   // Expires deadlines, waits and silent groups. Call it every few tens of milliseconds.
   void Tick(absl::Time now);
-
+  // From now on no request is accepted.
   void StartDrain();
-  // Tells all groups to finish and end.
+  // Tells all groups to finish and end, and lets none join.
   void StopGroups();
 
-  // Of the first group that joined; nothing before.
+  const ClusterOptions& options() const { return options_; }
+  // What all groups serve; absent before the first one.
   std::optional<rankwise::v1::GetModelInfoResponse> model() const;
   bool is_serving() const;  // a group is there and the cluster is not draining
   uint32_t live() const;
   rankwise::v1::GetLoadResponse Load(absl::Time now) const;
+  // Aborts the process on a broken invariant. For tests.
+  void CheckInvariants() const;
 
  private:
   struct Group {
-    uint64_t id = 0;
+    uint64_t id = 0;  // the lowest free one: a relaunched group mostly gets its old one
     worker::v1::Join join;
     GroupChannel* channel = nullptr;
     absl::Time heard;
     rankwise::v1::GroupLoad load;
     std::set<uint64_t> sequences;
-    int64_t outstanding_tokens = 0;  // Σ over its sequences of prompt + max_tokens
+    int64_t outstanding_tokens = 0;
+
+    uint64_t limit() const;
+  };
+  struct LiveRequest {
+    Request request;
+    std::set<uint64_t> sequences;
   };
   struct Sequence {
-    worker::v1::Submit submit;       // `generated` grows with what is delivered
-    SequenceListener* listener = nullptr;
-    uint64_t epoch = 0;              // 0: pending
-    absl::Time deadline, pending_since;
-    uint32_t replays = 0;
-    int64_t tokens() const { return submit.prompt_size() + int64_t{submit.sampling().max_tokens()}; }
+    RequestKey request{};
+    uint32_t sample = 0;
+    std::vector<int32_t> generated;
+    bool has_prompt_logprobs = false;  // they were delivered
+    uint64_t epoch = 0;                // 0: pending
+    absl::Time pending_since;
+    size_t generated_before = 0;  // when it got its epoch
+    uint32_t replays = 0, fruitless_replays = 0;
   };
-  // Pending sequences: higher priority, then number, which is order of arrival.
-  using PendingKey = std::pair<int32_t, uint64_t>;
 
+  absl::Status CheckRoomLocked(uint32_t samples) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void DropEpoch(uint64_t epoch, const absl::Status& reason, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Requeue(uint64_t number, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Dispatch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void TakeOutput(uint64_t epoch, const worker::v1::SequenceOutput& output) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Group* LeastLoaded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  worker::v1::Submit MakeSubmit(uint64_t number) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status TakeOutput(uint64_t epoch, const worker::v1::SequenceOutput& output)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status CheckOutput(const Sequence& sequence, const worker::v1::SequenceOutput& output) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // Ends of a sequence and of a whole request; the request goes with its last sequence.
   void Erase(uint64_t number, bool tells_group) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EndAll(RequestKey key, Ending ending) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Fail(RequestKey key, const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EraseAll(RequestKey key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  int64_t OutstandingTokens(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Adds to what the sequence's group and tenant hold.
+  void Charge(const Sequence& sequence, int64_t tokens) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  PendingQueue::Entry EntryOf(uint64_t number) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const ClusterOptions options_;
   mutable absl::Mutex mutex_;
   std::map<uint64_t, Group> groups_ ABSL_GUARDED_BY(mutex_);  // by epoch
+  std::map<RequestKey, LiveRequest> requests_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::string, RequestKey> keys_ ABSL_GUARDED_BY(mutex_);  // by request id
   std::map<uint64_t, Sequence> sequences_ ABSL_GUARDED_BY(mutex_);
-  std::set<PendingKey> pending_ ABSL_GUARDED_BY(mutex_);
+  PendingQueue pending_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::string, int64_t> tenant_tokens_ ABSL_GUARDED_BY(mutex_);  // no value is 0
   std::optional<rankwise::v1::GetModelInfoResponse> model_ ABSL_GUARDED_BY(mutex_);
+  absl::Time alone_since_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();  // when the last group was lost
   uint64_t next_epoch_ ABSL_GUARDED_BY(mutex_) = 1;
   uint64_t next_sequence_ ABSL_GUARDED_BY(mutex_) = 1;
+  uint64_t next_request_ ABSL_GUARDED_BY(mutex_) = 1;
   bool is_draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool is_stopping_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace rankwise::cluster

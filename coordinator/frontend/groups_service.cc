@@ -2,11 +2,13 @@
 
 #include <atomic>
 #include <deque>
+#include <string>
 #include <utility>
 
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "base/log.h"
+#include "coordinator/frontend/grpc_status.h"
 
 namespace rankwise::frontend {
 namespace {
@@ -14,12 +16,9 @@ namespace {
 using worker::v1::FromGroup;
 using worker::v1::ToGroup;
 
-grpc::Status ToGrpc(const absl::Status& status) {
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
-}
-
-// Lock order: the cluster's, then this one's. So nothing here calls the cluster with the lock held.
-class Attachment : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cluster::GroupChannel {
+// One epoch's stream, from the dial to gRPC's last word; deletes itself then. Lock order: the cluster's, then this
+// one's, so nothing here calls the cluster with the lock held.
+class Attachment final : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cluster::GroupChannel {
  public:
   Attachment(cluster::Cluster* cluster, std::string peer) : cluster_(cluster), peer_(std::move(peer)) {
     StartRead(&incoming_);
@@ -32,27 +31,16 @@ class Attachment : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cl
   }
 
   void Close(const absl::Status& reason) override {
+    if (!reason.ok()) spdlog::warn("epoch of {} is over: {}", peer_, reason.ToString());
     absl::MutexLock lock(&mutex_);
     FinishOnce(reason);
   }
 
   void OnReadDone(bool ok) override {
-    if (!ok) {
-      Leave(absl::OkStatus());
-      return;
-    }
-    const absl::Time now = absl::Now();
-    if (epoch_ == 0) {
-      if (!incoming_.has_join()) return Leave(absl::InvalidArgumentError("the first message must be a join"));
-      const auto welcome = cluster_->Join(incoming_.join(), this, now);
-      if (!welcome.ok()) return Leave(welcome.status());
-      epoch_ = welcome->epoch();
-      spdlog::info("group {} joined as epoch {} from {}: tp {}, kv {}", welcome->group(), epoch_, peer_,
-                   incoming_.join().model().tp(), incoming_.join().model().kv_format());
-    } else if (incoming_.has_outputs()) {
-      cluster_->TakeOutputs(epoch_, incoming_.outputs(), now);
-    } else if (incoming_.has_load()) {
-      cluster_->TakeLoad(epoch_, incoming_.load(), now);
+    if (!ok) return Leave(absl::OkStatus());
+    if (const absl::Status taken = Take(); !taken.ok()) {
+      spdlog::warn("refused {}: {}", peer_, taken.ToString());
+      return Leave(taken);
     }
     absl::MutexLock lock(&mutex_);
     if (!is_finished_) StartRead(&incoming_);
@@ -64,7 +52,7 @@ class Attachment : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cl
     if (ok) WriteNext();
   }
 
-  void OnCancel() override { Leave(absl::CancelledError("the group's stream was cancelled")); }
+  void OnCancel() override { Leave(absl::CancelledError("the group's stream broke")); }
 
   void OnDone() override {
     Leave(absl::OkStatus());
@@ -73,6 +61,30 @@ class Attachment : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cl
   }
 
  private:
+  absl::Status Take() {
+    const absl::Time now = absl::Now();
+    if (epoch_ == 0) return Join(now);
+    if (incoming_.has_outputs()) {
+      cluster_->TakeOutputs(epoch_, incoming_.outputs(), now);
+    } else if (incoming_.has_load()) {
+      cluster_->TakeLoad(epoch_, incoming_.load(), now);
+    } else {
+      return absl::InvalidArgumentError("neither outputs nor load follow a join");
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Join(absl::Time now) {
+    if (!incoming_.has_join()) return absl::InvalidArgumentError("the first message must be a join");
+    const auto welcome = cluster_->Join(incoming_.join(), this, now);
+    if (!welcome.ok()) return welcome.status();
+    epoch_ = welcome->epoch();
+    const rankwise::v1::GetModelInfoResponse& model = incoming_.join().model();
+    spdlog::info("group {} joined as epoch {} from {}: tp {}, kv {}, {}", welcome->group(), welcome->epoch(), peer_,
+                 model.tp(), model.kv_format(), model.backend());
+    return absl::OkStatus();
+  }
+
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (is_writing_ || is_finished_ || outgoing_.empty()) return;
     writing_ = std::move(outgoing_.front());
@@ -89,13 +101,14 @@ class Attachment : public grpc::ServerBidiReactor<FromGroup, ToGroup>, public cl
 
   void FinishOnce(const absl::Status& reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (std::exchange(is_finished_, true)) return;
+    outgoing_.clear();
     Finish(ToGrpc(reason));
   }
 
   cluster::Cluster* const cluster_;
   const std::string peer_;
-  FromGroup incoming_;
-  std::atomic<uint64_t> epoch_{0};
+  FromGroup incoming_;               // of the reading reaction
+  std::atomic<uint64_t> epoch_ = 0;  // 0 before the welcome
 
   absl::Mutex mutex_;
   ToGroup writing_ ABSL_GUARDED_BY(mutex_);

@@ -1,30 +1,25 @@
 #include "coordinator/frontend/inference_service.h"
 
-#include <deque>
+#include <algorithm>
 #include <random>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "coordinator/frontend/admission.h"
-#include "coordinator/frontend/sample_stream.h"
+#include "coordinator/frontend/generate_call.h"
+#include "coordinator/frontend/grpc_status.h"
 
 namespace rankwise::frontend {
 
-using cluster::Ending;
 using rankwise::v1::GenerateRequest;
 using rankwise::v1::GenerateResponse;
-using worker::v1::SequenceOutput;
 
 namespace {
 
-// Responses of one slow client that may wait; it is then given up.
-constexpr size_t kMaxWaitingResponses = 1 << 16;
-
-grpc::Status ToGrpc(const absl::Status& status) {
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
-}
+constexpr int kMaxDetokenizeIds = 1 << 20;
 
 grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context, const absl::Status& status = absl::OkStatus()) {
   auto* reactor = context->DefaultReactor();
@@ -32,177 +27,26 @@ grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context, const absl
   return reactor;
 }
 
-uint64_t RandomNumber() {
-  std::random_device device;
-  return uint64_t{device()} << 32 | device();
-}
+absl::Status NoTokenizer() { return absl::FailedPreconditionError("this coordinator has no tokenizer"); }
+absl::Status NoGroupYet() { return absl::UnavailableError("no worker group has joined yet"); }
 
 }  // namespace
 
-// One Generate stream. Lock order: the cluster's, then this one's, so nothing here calls the cluster with the lock held.
-class GenerateCall : public grpc::ServerWriteReactor<GenerateResponse>, public cluster::SequenceListener {
+// Waits until nothing is live, and answers a little before the client's deadline.
+class DrainCall final : public grpc::ServerUnaryReactor {
  public:
-  GenerateCall(InferenceService* service, const GenerateRequest& request) : service_(service) {
-    const absl::Status begun = Begin(request);
-    absl::MutexLock lock(&mutex_);
-    if (!begun.ok()) FinishOnce(begun);
-    is_begun_ = true;
-    WriteNext();
-  }
-
-  bool OnOutput(uint64_t sequence, const SequenceOutput& output, uint32_t replays) override {
-    absl::MutexLock lock(&mutex_);
-    Sample& sample = samples_.at(sequence);
-    return !Deliver(sample, sample.stream.Take(output, replays));
-  }
-
-  void OnEnd(uint64_t sequence, Ending ending, uint32_t replays) override {
-    absl::MutexLock lock(&mutex_);
-    Sample& sample = samples_.at(sequence);
-    Deliver(sample, sample.stream.End(ending == Ending::kDeadline ? rankwise::v1::FINISH_REASON_DEADLINE
-                                                                  : rankwise::v1::FINISH_REASON_CANCELLED,
-                                      replays));
-  }
-
-  void OnFailed(uint64_t, const absl::Status& status) override {
-    absl::MutexLock lock(&mutex_);
-    FinishOnce(status);
-  }
-
-  void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
-    is_writing_ = false;
-    if (ok) WriteNext();
-  }
-
-  void OnCancel() override {
-    RemoveSequences();
-    absl::MutexLock lock(&mutex_);
-    FinishOnce(absl::CancelledError("the client is gone or its deadline has passed"));
-  }
-
-  void OnDone() override {
-    RemoveSequences();
-    {
-      absl::MutexLock lock(&service_->mutex_);
-      if (is_registered_) service_->live_.erase(request_id_);
-    }
-    delete this;
-  }
-
- private:
-  struct Sample {
-    SampleStream stream;
-    bool is_first = true;
-  };
-
-  absl::Status Begin(const GenerateRequest& request) {
-    const auto model = service_->cluster_->model();
-    if (!model) return absl::UnavailableError("no worker group has joined yet");
-    absl::StatusOr<Admission> admission = Admit(request, *model, service_->tokenizer_, RandomNumber());
-    if (!admission.ok()) return admission.status();
-    request_id_ = request.request_id().empty() ? service_->FreshRequestId() : request.request_id();
-    {
-      absl::MutexLock lock(&service_->mutex_);
-      if (!service_->live_.try_emplace(request_id_).second) {
-        return absl::AlreadyExistsError(absl::StrCat("request ", request_id_, " is live"));
-      }
-      is_registered_ = true;
-    }
-    std::vector<SampleStream> streams;
-    for (const worker::v1::Submit& submit : admission->sequences) {
-      auto stream = SampleStream::Create(request, {.index = static_cast<uint32_t>(streams.size()),
-                                                   .prompt_tokens = admission->prompt_tokens,
-                                                   .seed = submit.sampling().seed(),
-                                                   .tokenizer = service_->tokenizer_});
-      if (!stream.ok()) return stream.status();
-      streams.push_back(*std::move(stream));
-    }
+  DrainCall(InferenceService* service, rankwise::v1::DrainResponse* response, absl::Time deadline)
+      : service_(service), response_(response) {
     const absl::Time now = absl::Now();
-    const absl::Time deadline =
-        request.timeout_ms() > 0 ? now + absl::Milliseconds(std::min<uint64_t>(request.timeout_ms(), 1ull << 40)) : absl::InfiniteFuture();
-    return SubmitAll(*std::move(admission), std::move(streams), deadline, now);
-  }
-
-  // Output may arrive before the numbers are known here, so it waits at the lock until the samples are in place.
-  absl::Status SubmitAll(Admission admission, std::vector<SampleStream> streams, absl::Time deadline, absl::Time now) {
-    absl::StatusOr<std::vector<uint64_t>> numbers =
-        service_->cluster_->Submit(std::move(admission.sequences), this, deadline, now, [&](std::span<const uint64_t> given) {
-          absl::MutexLock lock(&mutex_);
-          for (size_t i = 0; i < given.size(); ++i) samples_.emplace(given[i], Sample{std::move(streams[i])});
-          unfinished_ = given.size();
-        });
-    if (!numbers.ok()) return numbers.status();
-    absl::MutexLock lock(&service_->mutex_);
-    service_->live_[request_id_] = *std::move(numbers);
-    return absl::OkStatus();
-  }
-
-  // True when it was the sample's last message.
-  bool Deliver(Sample& sample, SampleStream::Piece piece) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (std::exchange(sample.is_first, false)) piece.message.set_request_id(request_id_);
-    const bool is_last = piece.is_last;
-    outgoing_.push_back(std::move(piece.message));
-    if (is_last) --unfinished_;
-    if (outgoing_.size() > kMaxWaitingResponses) {
-      FinishOnce(absl::ResourceExhaustedError("the client reads too slowly"));
-    }
-    WriteNext();
-    return is_last || is_finished_;
-  }
-
-  void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (!is_begun_ || is_writing_ || is_finished_) return;
-    if (outgoing_.empty()) {
-      if (unfinished_ == 0) FinishOnce(absl::OkStatus());
-      return;
-    }
-    writing_ = std::move(outgoing_.front());
-    outgoing_.pop_front();
-    is_writing_ = true;
-    StartWrite(&writing_);
-  }
-
-  void FinishOnce(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (std::exchange(is_finished_, true)) return;
-    Finish(ToGrpc(status));
-  }
-
-  void RemoveSequences() {
-    std::vector<uint64_t> numbers;
-    {
-      absl::MutexLock lock(&mutex_);
-      for (const auto& [number, sample] : samples_) numbers.push_back(number);
-    }
-    for (const uint64_t number : numbers) service_->cluster_->Remove(number);
-  }
-
-  InferenceService* const service_;
-  std::string request_id_;
-  bool is_registered_ = false;
-
-  absl::Mutex mutex_;
-  std::map<uint64_t, Sample> samples_ ABSL_GUARDED_BY(mutex_);
-  size_t unfinished_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::deque<GenerateResponse> outgoing_ ABSL_GUARDED_BY(mutex_);
-  GenerateResponse writing_ ABSL_GUARDED_BY(mutex_);
-  bool is_begun_ ABSL_GUARDED_BY(mutex_) = false;
-  bool is_writing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool is_finished_ ABSL_GUARDED_BY(mutex_) = false;
-};
-
-// Waits until nothing is live. Finished by the ticker, or by its own deadline.
-class DrainCall : public grpc::ServerUnaryReactor {
- public:
-  DrainCall(InferenceService* service, rankwise::v1::DrainResponse* response) : service_(service), response_(response) {
+    answer_by_ = deadline - std::min(absl::Milliseconds(200), (deadline - now) / 4);
     absl::MutexLock lock(&service_->mutex_);
     service_->drains_.insert(this);
   }
-  // Requires the service's lock.
-  bool FinishIfEmpty() {
-    const uint32_t live = service_->cluster_->live();
-    if (live > 0) return false;
-    response_->set_finished(true);
+  // With the service's lock held.
+  bool FinishIfOver(uint32_t live, absl::Time now) {
+    if (live > 0 && now < answer_by_) return false;
+    response_->set_finished(live == 0);
+    response_->set_live(live);
     Finish(grpc::Status::OK);
     return true;
   }
@@ -215,27 +59,73 @@ class DrainCall : public grpc::ServerUnaryReactor {
  private:
   InferenceService* const service_;
   rankwise::v1::DrainResponse* const response_;
+  absl::Time answer_by_;
 };
 
 InferenceService::InferenceService(cluster::Cluster* cluster, const text::Tokenizer* tokenizer, std::string model_name)
-    : cluster_(cluster), tokenizer_(tokenizer), model_name_(std::move(model_name)), id_base_(RandomNumber()) {}
+    : cluster_(cluster), tokenizer_(tokenizer), model_name_(std::move(model_name)), id_base_(FreshSeed()) {}
 
-InferenceService::~InferenceService() = default;
+std::string InferenceService::FreshRequestId() { return absl::StrFormat("%016x-%d", id_base_, next_id_++); }
 
-std::string InferenceService::FreshRequestId() { return absl::StrFormat("rw-%016x-%d", id_base_, next_id_++); }
+uint64_t InferenceService::FreshSeed() {
+  std::random_device device;
+  return uint64_t{device()} << 32 | device();
+}
 
 grpc::ServerWriteReactor<GenerateResponse>* InferenceService::Generate(grpc::CallbackServerContext*,
                                                                        const GenerateRequest* request) {
-  return new GenerateCall(this, *request);
+  auto* call = new GenerateCall(this, request);
+  if (const absl::Status checked = CheckRequest(*request); !checked.ok()) {
+    call->Refuse(checked);
+  } else if (const auto model = cluster_->model()) {
+    call->Begin(*model);
+  } else if (!Wait(call)) {
+    call->Refuse(absl::ResourceExhaustedError(
+        absl::StrCat(cluster_->options().max_live, " requests wait for the first worker group already")));
+  }
+  return call;
+}
+
+bool InferenceService::Wait(GenerateCall* call) {
+  absl::MutexLock lock(&mutex_);
+  return waiting_.size() < cluster_->options().max_live && waiting_.insert(call).second;
+}
+
+void InferenceService::StopWaiting(GenerateCall* call) {
+  absl::MutexLock lock(&mutex_);
+  waiting_.erase(call);
+}
+
+absl::Status InferenceService::WaitIsOver(const GenerateCall& call, absl::Time now) const {
+  if (const absl::Status admits = cluster_->CheckRoom(0); !admits.ok()) return admits;
+  return now - call.arrived() > cluster_->options().group_wait ? NoGroupYet() : absl::OkStatus();
+}
+
+// The lock keeps a call from ending, and so from going, while it is begun.
+void InferenceService::Tick(absl::Time now) {
+  const auto model = cluster_->model();
+  absl::MutexLock lock(&mutex_);
+  std::erase_if(waiting_, [&](GenerateCall* call) {
+    if (model) {
+      call->Begin(*model);
+      return true;
+    }
+    const absl::Status over = WaitIsOver(*call, now);
+    if (!over.ok()) call->Refuse(over);
+    return !over.ok();
+  });
+  if (drains_.empty()) return;
+  const uint32_t live = cluster_->live();
+  std::erase_if(drains_, [&](DrainCall* call) { return call->FinishIfOver(live, now); });
 }
 
 grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext* context,
                                                      const rankwise::v1::TokenizeRequest* request,
                                                      rankwise::v1::TokenizeResponse* response) {
-  if (tokenizer_ == nullptr) return Reply(context, absl::FailedPreconditionError("no tokenizer is loaded"));
+  if (tokenizer_ == nullptr) return Reply(context, NoTokenizer());
   if (request->text().size() > kMaxPromptBytes) {
-    return Reply(context, absl::InvalidArgumentError(absl::StrCat("text of ", request->text().size(),
-                                                                  " bytes exceeds the limit of ", kMaxPromptBytes)));
+    return Reply(context, absl::InvalidArgumentError(absl::StrCat("bytes of text=", request->text().size(),
+                                                                  " exceeds the limit of ", kMaxPromptBytes)));
   }
   text::EncodeOptions options;
   if (request->omit_special()) options.add_bos = false;
@@ -248,10 +138,18 @@ grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext
 grpc::ServerUnaryReactor* InferenceService::Detokenize(grpc::CallbackServerContext* context,
                                                        const rankwise::v1::DetokenizeRequest* request,
                                                        rankwise::v1::DetokenizeResponse* response) {
-  if (tokenizer_ == nullptr) return Reply(context, absl::FailedPreconditionError("no tokenizer is loaded"));
+  if (tokenizer_ == nullptr) return Reply(context, NoTokenizer());
+  if (request->token_ids_size() > kMaxDetokenizeIds) {
+    return Reply(context, absl::InvalidArgumentError(absl::StrCat("count of token_ids=", request->token_ids_size(),
+                                                                  " exceeds the limit of ", kMaxDetokenizeIds)));
+  }
+  // A model's logits, and so its ids, may be padded beyond the tokenizer's.
+  const auto model = cluster_->model();
+  const auto limit = std::max(tokenizer_->vocab_size(), model ? static_cast<int32_t>(model->vocab_size()) : 0);
   for (const int32_t id : request->token_ids()) {
-    if (id < 0 || id >= tokenizer_->vocab_size()) {
-      return Reply(context, absl::InvalidArgumentError(absl::StrCat("token ", id, " is outside [0, ", tokenizer_->vocab_size(), ")")));
+    if (id < 0 || id >= limit) {
+      return Reply(context,
+                   absl::InvalidArgumentError(absl::StrCat("token_ids: token ", id, " is outside [0, ", limit, ")")));
     }
   }
   const std::vector<int32_t> ids(request->token_ids().begin(), request->token_ids().end());
@@ -263,7 +161,7 @@ grpc::ServerUnaryReactor* InferenceService::GetModelInfo(grpc::CallbackServerCon
                                                          const rankwise::v1::GetModelInfoRequest*,
                                                          rankwise::v1::GetModelInfoResponse* response) {
   const auto model = cluster_->model();
-  if (!model) return Reply(context, absl::UnavailableError("no worker group has joined yet"));
+  if (!model) return Reply(context, NoGroupYet());
   *response = *model;
   response->set_model_name(model_name_);
   return Reply(context);
@@ -279,26 +177,24 @@ grpc::ServerUnaryReactor* InferenceService::GetLoad(grpc::CallbackServerContext*
 grpc::ServerUnaryReactor* InferenceService::Abort(grpc::CallbackServerContext* context,
                                                   const rankwise::v1::AbortRequest* request,
                                                   rankwise::v1::AbortResponse* response) {
-  std::vector<uint64_t> numbers;
-  {
+  bool is_found = cluster_->Abort(request->request_id());
+  if (!is_found) {
     absl::MutexLock lock(&mutex_);
-    const auto found = live_.find(request->request_id());
-    response->set_found(found != live_.end());
-    if (found != live_.end()) numbers = found->second;
+    std::erase_if(waiting_, [&](GenerateCall* call) {
+      if (call->request_id() != request->request_id()) return false;
+      call->Refuse(absl::CancelledError("aborted before it began"));
+      return is_found = true;
+    });
   }
-  for (const uint64_t number : numbers) cluster_->End(number, Ending::kCancelled);
+  response->set_found(is_found);
   return Reply(context);
 }
 
-grpc::ServerUnaryReactor* InferenceService::Drain(grpc::CallbackServerContext*, const rankwise::v1::DrainRequest*,
+grpc::ServerUnaryReactor* InferenceService::Drain(grpc::CallbackServerContext* context,
+                                                  const rankwise::v1::DrainRequest*,
                                                   rankwise::v1::DrainResponse* response) {
   cluster_->StartDrain();
-  return new DrainCall(this, response);
-}
-
-void InferenceService::Tick() {
-  absl::MutexLock lock(&mutex_);
-  std::erase_if(drains_, [](DrainCall* call) { return call->FinishIfEmpty(); });
+  return new DrainCall(this, response, absl::FromChrono(context->deadline()));
 }
 
 }  // namespace rankwise::frontend

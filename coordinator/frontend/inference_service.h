@@ -1,11 +1,9 @@
 #pragma once
 
 #include <atomic>
-#include <memory>
 #include <set>
 #include <string>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "coordinator/cluster/cluster.h"
@@ -17,12 +15,11 @@ namespace rankwise::frontend {
 class GenerateCall;
 class DrainCall;
 
-// The clients' side of the coordinator. Reactions of gRPC's threads only push and write; there is no thread per request.
+// The clients' side of the coordinator. There is no thread per request: gRPC's threads check, tokenise, push and write.
 class InferenceService final : public rankwise::v1::Inference::CallbackService {
  public:
-  // `tokenizer` may be null: then requests bring token ids.
+  // `tokenizer` may be null: then requests bring token ids. Both must outlive the server.
   InferenceService(cluster::Cluster* cluster, const text::Tokenizer* tokenizer, std::string model_name);
-  ~InferenceService() override;
 
   grpc::ServerWriteReactor<rankwise::v1::GenerateResponse>* Generate(
       grpc::CallbackServerContext* context, const rankwise::v1::GenerateRequest* request) override;
@@ -41,14 +38,19 @@ class InferenceService final : public rankwise::v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context, const rankwise::v1::DrainRequest* request,
                                   rankwise::v1::DrainResponse* response) override;
 
-  // Completes the Drain calls whose wait is over. Called by the coordinator's ticker.
-  void Tick();
+  // Begins the calls that waited for the first group, and ends what has waited long enough. Called after Cluster::Tick.
+  void Tick(absl::Time now);
 
  private:
   friend class GenerateCall;
   friend class DrainCall;
 
   std::string FreshRequestId();
+  static uint64_t FreshSeed();
+  // False when too many wait already.
+  bool Wait(GenerateCall* call);
+  void StopWaiting(GenerateCall* call);
+  absl::Status WaitIsOver(const GenerateCall& call, absl::Time now) const;
 
   cluster::Cluster* const cluster_;
   const text::Tokenizer* const tokenizer_;
@@ -57,8 +59,7 @@ class InferenceService final : public rankwise::v1::Inference::CallbackService {
   std::atomic<uint64_t> next_id_{1};
 
   absl::Mutex mutex_;
-  // By request id, while the call lives; sequence numbers of its samples.
-  absl::flat_hash_map<std::string, std::vector<uint64_t>> live_ ABSL_GUARDED_BY(mutex_);
+  std::set<GenerateCall*> waiting_ ABSL_GUARDED_BY(mutex_);  // for the first group
   std::set<DrainCall*> drains_ ABSL_GUARDED_BY(mutex_);
 };
 

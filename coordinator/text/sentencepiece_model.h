@@ -8,9 +8,9 @@
 
 namespace rankwise::text {
 
-// A SentencePiece model, by the library of that name. Debian's build of it carries and exports a protobuf of its own, older
-// than the one gRPC links, so it lives in a plugin that is opened with a symbol scope of its own. Standard types only: the
-// library's headers cannot meet Abseil's. An error is a message; empty means none.
+// A SentencePiece model, by the library of that name. Debian's build of it carries and exports a protobuf of its own,
+// older than the one gRPC links, so it lives in a plugin that is opened with a symbol scope of its own. Standard types
+// only: the library's headers cannot meet Abseil's. An error is a message; empty means none.
 class SentencePieceModel {
  public:
   enum class Kind : uint8_t { kNormal, kControl, kUnknown, kByte };

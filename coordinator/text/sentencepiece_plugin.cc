@@ -1,6 +1,6 @@
-#include "coordinator/text/sentencepiece_model.h"
-
 #include <sentencepiece_processor.h>
+
+#include "coordinator/text/sentencepiece_model.h"
 
 namespace rankwise::text {
 namespace {

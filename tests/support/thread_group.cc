@@ -14,8 +14,7 @@ absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::Ra
   group->ranks_.resize(tp);
   group->follower_status_.resize(tp);
   for (int r = 0; r < tp; ++r) {
-    RW_ASSIGN_OR_RETURN(auto backend,
-                        kernels::CreateCpuBackend({.threads = threads_per_rank, .pin_threads = false}));
+    RW_ASSIGN_OR_RETURN(auto backend, kernels::CreateCpuBackend({.threads = threads_per_rank, .pin_threads = false}));
     group->backends_.push_back(std::move(backend));
   }
   std::vector<absl::Status> loaded(tp);
@@ -31,9 +30,8 @@ absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::Ra
   }
   for (const absl::Status& status : loaded) RW_RETURN_IF_ERROR(status);
   engine::Rank& lead = group->ranks_[0];
-  group->engine_ =
-      std::make_unique<engine::Engine>(lead.scheduler_options, *lead.executor, *group->communicators_[0],
-                                       lead.decoder->config().eos_ids, options.collective_timeout);
+  group->engine_ = std::make_unique<engine::Engine>(lead.scheduler_options, *lead.executor, *group->communicators_[0],
+                                                    lead.decoder->config().eos_ids, options.collective_timeout);
   for (int r = 1; r < tp; ++r) {
     group->followers_.emplace_back([raw = group.get(), r, timeout = options.collective_timeout] {
       raw->follower_status_[r] = engine::Follow(*raw->ranks_[r].executor, *raw->communicators_[r], timeout,

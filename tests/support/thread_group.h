@@ -13,7 +13,8 @@
 
 namespace rankwise::testing {
 
-// A whole worker group in one process: the ranks are threads, joined by a thread communicator. Rank 0's engine is the caller's.
+// A whole worker group in one process: the ranks are threads, joined by a thread communicator. Rank 0's engine is the
+// caller's.
 class ThreadGroup {
  public:
   static absl::StatusOr<std::unique_ptr<ThreadGroup>> Start(const engine::RankOptions& options, int tp,

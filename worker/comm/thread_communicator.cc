@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstring>
-#include <functional>
 #include <mutex>
 #include <utility>
 
@@ -10,6 +9,7 @@
 #include "worker/comm/communicator.h"
 #include "worker/comm/pacer.h"
 #include "worker/comm/preconditions.h"
+#include "worker/comm/sum.h"
 
 namespace rankwise::comm {
 namespace {
@@ -96,7 +96,7 @@ absl::Status SumInTree(const std::vector<std::span<float>*>& ranks) {
   }
   for (int distance = 1; distance < size; distance *= 2) {
     for (int left = 0; left + distance < size; left += 2 * distance) {
-      std::ranges::transform(*ranks[left], *ranks[left + distance], ranks[left]->begin(), std::plus<float>());
+      AddTo(*ranks[left], *ranks[left + distance]);
     }
   }
   for (int rank = 1; rank < size; ++rank) std::ranges::copy(*ranks[0], ranks[rank]->begin());

@@ -35,8 +35,8 @@ absl::Status Engine::Submit(Request request) {
   }
   const int64_t room = max_positions_ - static_cast<int64_t>(request.prompt.size());
   if (room < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("a prompt of ", request.prompt.size(),
-                                                   " tokens leaves no room in a context of ", max_positions_));
+    return absl::InvalidArgumentError(
+        absl::StrCat("a prompt of ", request.prompt.size(), " tokens leaves no room in a context of ", max_positions_));
   }
   request.sampling.max_tokens = static_cast<int32_t>(std::min<int64_t>(request.sampling.max_tokens, room));
   if (static_cast<int64_t>(request.generated.size()) >= request.sampling.max_tokens) {
@@ -126,14 +126,15 @@ absl::Status Engine::TakeLogits(const scheduler::Planned& planned, int32_t posit
   const auto known = static_cast<int32_t>(live.tokens.size());
   if (position + 1 < known) {
     const auto scored = static_cast<int32_t>(live.prompt_logprobs.size());
-    if (live.first_token == absl::Time() && position == scored && position + 1 < static_cast<int32_t>(live.request.prompt.size())) {
+    if (live.first_token == absl::Time() && position == scored &&
+        position + 1 < static_cast<int32_t>(live.request.prompt.size())) {
       live.prompt_logprobs.push_back(sampler_.Score(logits, live.tokens[position + 1], sampling.prompt_logprobs));
     }
     return absl::OkStatus();
   }
   RW_CHECK(planned.produces_token, "logits past the last known token of a sequence that samples nothing");
-  Deliver(planned, sampler_.Sample(logits, sampling, live.tokens, static_cast<int32_t>(live.request.prompt.size()),
-                                   eos_ids_));
+  Deliver(planned,
+          sampler_.Sample(logits, sampling, live.tokens, static_cast<int32_t>(live.request.prompt.size()), eos_ids_));
   return absl::OkStatus();
 }
 
@@ -152,7 +153,9 @@ void Engine::Deliver(const scheduler::Planned& planned, SampledToken sampled) {
     output.prompt_logprobs = std::move(live.prompt_logprobs);
     live.prompt_logprobs.clear();
   }
-  const auto ends_with = [&](const std::vector<int32_t>& ids) { return std::ranges::find(ids, sampled.id) != ids.end(); };
+  const auto ends_with = [&](const std::vector<int32_t>& ids) {
+    return std::ranges::find(ids, sampled.id) != ids.end();
+  };
   if (ends_with(sampling.stop_token_ids) || (!sampling.ignore_eos && ends_with(eos_ids_))) {
     output.reason = FinishReason::kStop;
     output.stop_token = sampled.id;
@@ -182,8 +185,8 @@ absl::Status Follow(Executor& executor, comm::Communicator& communicator, absl::
     RW_RETURN_IF_ERROR(communicator.Broadcast(bytes, collective_timeout));
     RW_ASSIGN_OR_RETURN(const StepPlan plan, DecodeStepPlan(bytes, executor.limits()));
     if (plan.step != ++expected_step) {
-      return absl::DataLossError(absl::StrCat("rank ", communicator.rank(), " got step ", plan.step, " instead of ",
-                                              expected_step));
+      return absl::DataLossError(
+          absl::StrCat("rank ", communicator.rank(), " got step ", plan.step, " instead of ", expected_step));
     }
     switch (plan.kind) {
       case StepKind::kRun:

@@ -36,8 +36,8 @@ struct Output {
   std::vector<SampledToken> tokens;
   std::vector<SampledToken> prompt_logprobs;  // of prompt tokens 1, 2, …, with the first token
   FinishReason reason = FinishReason::kNone;
-  std::optional<int32_t> stop_token;          // ended the sequence; not among `tokens`
-  absl::Status error;                         // refused or failed; then nothing else is set
+  std::optional<int32_t> stop_token;  // ended the sequence; not among `tokens`
+  absl::Status error;                 // refused or failed; then nothing else is set
   int32_t cached_prompt_tokens = 0;
   absl::Duration queue_time, prefill_time, decode_time;  // once finished
 };
@@ -110,8 +110,8 @@ class Engine {
   std::vector<scheduler::Scheduler::Token> continued_;
 };
 
-// The loop of every other rank: executes plans until a kStop plan, answers kReport plans with `report`. An error (a lost or
-// silent rank 0, a plan outside its limits) is the end of the group.
+// The loop of every other rank: executes plans until a kStop plan, answers kReport plans with `report`. An error (a
+// lost or silent rank 0, a plan outside its limits) is the end of the group.
 absl::Status Follow(Executor& executor, comm::Communicator& communicator, absl::Duration collective_timeout,
                     const std::function<std::string()>& report);
 

@@ -48,10 +48,8 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink) {
     first_position_.push_back(segment.first_position);
     segment_tables_.push_back(block_tables_[segment.slot]);
   }
-  const kernels::StepRows rows{.tokens = tokens_,
-                               .row_begin = row_begin_,
-                               .first_position = first_position_,
-                               .block_table = segment_tables_};
+  const kernels::StepRows rows{
+      .tokens = tokens_, .row_begin = row_begin_, .first_position = first_position_, .block_table = segment_tables_};
   return decoder_.Forward(rows, logit_rows_, [&](int32_t i, std::span<float> logits) {
     return sink(logit_origin_[i].first, logit_origin_[i].second, logits);
   });

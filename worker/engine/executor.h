@@ -12,8 +12,8 @@
 
 namespace rankwise::engine {
 
-// Carries out step plans on one rank: keeps the block table of each slot and feeds the decoder. Every rank of a group executes
-// the same plans in the same order.
+// Carries out step plans on one rank: keeps the block table of each slot and feeds the decoder. Every rank of a group
+// executes the same plans in the same order.
 class Executor {
  public:
   Executor(model::Decoder& decoder, const StepLimits& limits);
@@ -21,8 +21,8 @@ class Executor {
   // Logits of one row on rank 0: the segment's index in the plan and the row's position in its sequence.
   using LogitsSink = std::function<absl::Status(int32_t segment, int32_t position, std::span<float> logits)>;
 
-  // Requires a plan of kind kRun that passed DecodeStepPlan. FailedPrecondition when a segment's rows do not follow from its
-  // slot's history (a row without a block): rank 0 and this rank disagree, and the group must end.
+  // Requires a plan of kind kRun that passed DecodeStepPlan. FailedPrecondition when a segment's rows do not follow
+  // from its slot's history (a row without a block): rank 0 and this rank disagree, and the group must end.
   absl::Status Execute(const StepPlan& plan, const LogitsSink& sink);
 
   const StepLimits& limits() const { return limits_; }

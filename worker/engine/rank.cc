@@ -41,8 +41,8 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   Prepared prepared;
   RW_ASSIGN_OR_RETURN(prepared.checkpoint, weights::Checkpoint::Open(options.model_dir));
   const weights::ModelConfig& config = prepared.checkpoint->config();
-  RW_ASSIGN_OR_RETURN(prepared.plan, shard::PlanShard(config.dims(), {.rank = communicator.rank(),
-                                                                      .world_size = communicator.size()}));
+  RW_ASSIGN_OR_RETURN(
+      prepared.plan, shard::PlanShard(config.dims(), {.rank = communicator.rank(), .world_size = communicator.size()}));
   RW_ASSIGN_OR_RETURN(const KvChoice kv, ParseKvChoice(options.kv));
   if (options.observes_kv && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
     return absl::InvalidArgumentError("observing K and V needs kv=f32 and no prefix cache");
@@ -53,10 +53,10 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   }
   if (options.max_tokens < 0 || options.max_running < 1 || options.max_step_rows < options.max_running ||
       options.max_chunk_rows < 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "max_tokens=", options.max_tokens, ", max_running=", options.max_running, ", max_step_rows=",
-        options.max_step_rows, ", max_chunk_rows=", options.max_chunk_rows,
-        ": all must be positive and max_step_rows at least max_running"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens=", options.max_tokens, ", max_running=", options.max_running,
+                     ", max_step_rows=", options.max_step_rows, ", max_chunk_rows=", options.max_chunk_rows,
+                     ": all must be positive and max_step_rows at least max_running"));
   }
   model::DecoderOptions& decoder = prepared.decoder;
   decoder.max_rows = options.max_step_rows;
@@ -82,8 +82,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
                                .head_dim = config.head_dim,
                                .format = kv.format};
   const int64_t block_bytes = model::KvBlockBytes(shape);
-  const int64_t blocks_per_sequence =
-      (decoder.max_positions + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
+  const int64_t blocks_per_sequence = (decoder.max_positions + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
   int64_t blocks = blocks_per_sequence * options.max_running;
   blocks = options.kv_memory_bytes > 0 ? options.kv_memory_bytes / block_bytes
                                        : std::min(blocks, std::max(kDefaultKvBytes / block_bytes, blocks_per_sequence));
@@ -106,8 +105,9 @@ absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name) {
 }
 
 absl::Status AgreeOnStatus(const absl::Status& own, comm::Communicator& communicator, absl::Duration timeout) {
-  const std::string mine =
-      own.ok() ? "" : absl::StrCat(static_cast<int>(own.code()), "|rank ", communicator.rank(), ": ", std::string(own.message()));
+  const std::string mine = own.ok() ? ""
+                                    : absl::StrCat(static_cast<int>(own.code()), "|rank ", communicator.rank(), ": ",
+                                                   std::string(own.message()));
   std::vector<std::string> all;
   RW_RETURN_IF_ERROR(communicator.GatherMessages(mine, all, timeout));
   std::string joined;

@@ -14,7 +14,8 @@
 
 namespace rankwise::engine {
 
-// The KV formats of the command line: "f32", "f16", "int8" (one scale per layer and rank), "int8-head" (one per KV head).
+// The KV formats of the command line: "f32", "f16", "int8" (one scale per layer and rank), "int8-head" (one per KV
+// head).
 struct KvChoice {
   kernels::KvFormat format = kernels::KvFormat::kF16;
   bool is_per_head = false;
@@ -24,15 +25,15 @@ absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name);
 struct RankOptions {
   std::string model_dir;
   std::string kv = "f16";
-  std::string kv_scales_dir;     // required by int8 and int8-head
-  int64_t kv_memory_bytes = 0;   // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
-  int32_t max_tokens = 0;        // prompt + generated of one sequence; 0: the model's context, at most 16384
+  std::string kv_scales_dir;    // required by int8 and int8-head
+  int64_t kv_memory_bytes = 0;  // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
+  int32_t max_tokens = 0;       // prompt + generated of one sequence; 0: the model's context, at most 16384
   int32_t max_running = 64;
   int32_t max_step_rows = 512;
   int32_t max_chunk_rows = 512;
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
-  bool observes_kv = false;      // calibration: K and V ranges are kept; needs kv f32 and no prefix cache
+  bool observes_kv = false;  // calibration: K and V ranges are kept; needs kv f32 and no prefix cache
   absl::Duration collective_timeout = absl::Seconds(60);
 };
 
@@ -45,8 +46,8 @@ struct Rank {
   std::string kv_scales_id;
 };
 
-// Collective: loads this rank's slice. If any rank fails, all return an error: the failing ranks' own, joined. All ranks
-// agree on the smallest block count. Borrows backend and communicator.
+// Collective: loads this rank's slice. If any rank fails, all return an error: the failing ranks' own, joined. All
+// ranks agree on the smallest block count. Borrows backend and communicator.
 absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& backend, comm::Communicator& communicator);
 
 // Collective: OK when every rank is; otherwise the first failing rank's error, its message naming all that failed.

@@ -79,7 +79,8 @@ absl::Status ValidateSamplingParams(const SamplingParams& params, int32_t vocab_
     RW_RETURN_IF_ERROR(TokenInVocabulary("logit_bias", id, vocab_size));
     RW_RETURN_IF_ERROR(InRange("logit_bias", bias, -100, 100));
   }
-  for (const int32_t id : params.stop_token_ids) RW_RETURN_IF_ERROR(TokenInVocabulary("stop_token_ids", id, vocab_size));
+  for (const int32_t id : params.stop_token_ids)
+    RW_RETURN_IF_ERROR(TokenInVocabulary("stop_token_ids", id, vocab_size));
   return absl::OkStatus();
 }
 
@@ -142,7 +143,9 @@ int32_t Sampler::Draw(std::span<const float> logits, const SamplingParams& param
   const auto order = std::span(order_).first(kept);
   double total = 0;
   if (is_sorted) {
-    const auto goes_first = [&](int32_t a, int32_t b) { return weight_[a] != weight_[b] ? weight_[a] > weight_[b] : a < b; };
+    const auto goes_first = [&](int32_t a, int32_t b) {
+      return weight_[a] != weight_[b] ? weight_[a] > weight_[b] : a < b;
+    };
     if (params.top_k > 0 && params.top_k < kept) {
       std::ranges::partial_sort(order, order.begin() + params.top_k, goes_first);
       kept = params.top_k;

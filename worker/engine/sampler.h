@@ -24,7 +24,7 @@ struct SamplingParams {
   uint64_t seed = 0;
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
-  int32_t logprobs = -1;         // alternatives to report; -1: none at all
+  int32_t logprobs = -1;  // alternatives to report; -1: none at all
   int32_t prompt_logprobs = -1;
 };
 
@@ -38,24 +38,25 @@ struct Candidate {
 
 struct SampledToken {
   int32_t id = 0;
-  float logprob = 0;            // log-softmax of the raw logits, before penalties and temperature; 0 when not asked for
-  std::vector<Candidate> top;   // by falling logprob, then rising id
+  float logprob = 0;           // log-softmax of the raw logits, before penalties and temperature; 0 when not asked for
+  std::vector<Candidate> top;  // by falling logprob, then rising id
 };
 
-// Uniform in [0, 1): Philox4x32-10 (Salmon et al. 2011) of counter `position` under key `seed`. A pure function, so a replayed
-// or preempted sequence draws the same numbers.
+// Uniform in [0, 1): Philox4x32-10 (Salmon et al. 2011) of counter `position` under key `seed`. A pure function, so a
+// replayed or preempted sequence draws the same numbers.
 double UniformAt(uint64_t seed, uint64_t position);
 
-// Draws tokens from logits. Keeps scratch of vocabulary size, so one per thread. The result depends on its arguments alone:
-// the same bits on every platform that rounds IEEE and links this code.
+// Draws tokens from logits. Keeps scratch of vocabulary size, so one per thread. The result depends on its arguments
+// alone: the same bits on every platform that rounds IEEE and links this code.
 class Sampler {
  public:
   explicit Sampler(int32_t vocab_size);
 
-  // `logits` [vocab_size] is overwritten. `tokens` is prompt then generated, `prompt_count` the length of the prompt. `eos_ids`
-  // are masked while fewer than min_tokens were generated, as are stop_token_ids. Order: bias, repetition, frequency and
-  // presence penalties, temperature, top-k, top-p, min-p, draw. Ties go to the lowest id. The draw's counter is
-  // the position of the new token, tokens.size(). Logits that are NaN count as -inf; when none is left the id is -1.
+  // `logits` [vocab_size] is overwritten. `tokens` is prompt then generated, `prompt_count` the length of the prompt.
+  // `eos_ids` are masked while fewer than min_tokens were generated, as are stop_token_ids. Order: bias, repetition,
+  // frequency and presence penalties, temperature, top-k, top-p, min-p, draw. Ties go to the lowest id. The draw's
+  // counter is the position of the new token, tokens.size(). Logits that are NaN count as -inf; when none is left the
+  // id is -1.
   SampledToken Sample(std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                       int32_t prompt_count, std::span<const int32_t> eos_ids);
 
@@ -68,10 +69,10 @@ class Sampler {
   int32_t Draw(std::span<const float> logits, const SamplingParams& params, double uniform);
 
   const int32_t vocab_size_;
-  std::vector<int32_t> order_;   // candidates
-  std::vector<double> weight_;   // exp of the scaled logits, by id
-  std::vector<int32_t> count_;   // occurrences by id; all 0 between calls
-  std::vector<float> raw_;       // the logits as they came
+  std::vector<int32_t> order_;  // candidates
+  std::vector<double> weight_;  // exp of the scaled logits, by id
+  std::vector<int32_t> count_;  // occurrences by id; all 0 between calls
+  std::vector<float> raw_;      // the logits as they came
 };
 
 }  // namespace rankwise::engine

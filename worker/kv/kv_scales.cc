@@ -61,7 +61,9 @@ std::string HeadFile(int layer, int64_t head) {
   return absl::StrCat("layers.", layer, ".past_kv_scale_head.", head, ".weight");
 }
 
-std::string Digest(const std::string& bytes) { return absl::StrFormat("%016x", XXH3_64bits(bytes.data(), bytes.size())); }
+std::string Digest(const std::string& bytes) {
+  return absl::StrFormat("%016x", XXH3_64bits(bytes.data(), bytes.size()));
+}
 
 // The KV heads of each rank of a group: contiguous, and shared when there are more ranks than heads.
 shard::Range HeadsOfRank(int n_kv_heads, int rank, int world_size) {
@@ -92,20 +94,22 @@ absl::Status CheckStatistics(const KvStatistics& s) {
 absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
   const absl::StatusOr<std::string> bytes = ReadTextFile(path, 4096);
   if (!bytes.ok()) {
-    return absl::Status(bytes.status().code(), absl::StrCat("KV scales: ", std::string(bytes.status().message()), kHowToWrite));
+    return absl::Status(bytes.status().code(),
+                        absl::StrCat("KV scales: ", std::string(bytes.status().message()), kHowToWrite));
   }
   float values[4];
   if (bytes->size() != sizeof values) {
-    return absl::FailedPreconditionError(absl::StrCat(path, " has ", bytes->size(),
-                                                      " bytes instead of 16 (k_scale, k_zp, v_scale, v_zp)", kHowToWrite));
+    return absl::FailedPreconditionError(
+        absl::StrCat(path, " has ", bytes->size(), " bytes instead of 16 (k_scale, k_zp, v_scale, v_zp)", kHowToWrite));
   }
   std::memcpy(values, bytes->data(), sizeof values);
   for (const float value : values) {
-    if (!std::isfinite(value)) return absl::FailedPreconditionError(absl::StrCat(path, " holds a value that is not finite"));
+    if (!std::isfinite(value))
+      return absl::FailedPreconditionError(absl::StrCat(path, " holds a value that is not finite"));
   }
   if (values[0] <= 0 || values[2] <= 0) {
-    return absl::FailedPreconditionError(absl::StrCat(path, " holds scales ", values[0], " and ", values[2],
-                                                      "; both must be positive"));
+    return absl::FailedPreconditionError(
+        absl::StrCat(path, " holds scales ", values[0], " and ", values[2], "; both must be positive"));
   }
   return KvHeadScales{.k_scale = values[0], .k_zero_point = values[1], .v_scale = values[2], .v_zero_point = values[3]};
 }
@@ -158,11 +162,13 @@ absl::StatusOr<KvStatistics> ReadKvStatistics(const std::string& path) {
   for (const auto& [name, values] : tensors) {
     const auto found = file.tensors().find(name);
     if (found == file.tensors().end() || found->second.dtype != "F32" || found->second.shape.size() != 3) {
-      return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " is not an F32 tensor [layers, KV heads, channels]"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": ", name, " is not an F32 tensor [layers, KV heads, channels]"));
     }
     const weights::StoredTensor& tensor = found->second;
     for (const int64_t dim : tensor.shape) {
-      if (dim < 1 || dim > (1 << 20)) return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " has a dimension of ", dim));
+      if (dim < 1 || dim > (1 << 20))
+        return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " has a dimension of ", dim));
     }
     statistics.n_layers = static_cast<int>(tensor.shape[0]);
     statistics.n_kv_heads = static_cast<int>(tensor.shape[1]);
@@ -180,7 +186,8 @@ absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statis
   RW_RETURN_IF_ERROR(CheckStatistics(statistics));
   const int heads = statistics.n_kv_heads;
   if (world_size < 1 || (heads % world_size != 0 && world_size % heads != 0)) {
-    return absl::InvalidArgumentError(absl::StrCat("tp=", world_size, " and n_kv_heads=", heads, " do not divide one another"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("tp=", world_size, " and n_kv_heads=", heads, " do not divide one another"));
   }
   std::string all;
   const auto write = [&](const std::string& name, shard::Range range, int layer) {
@@ -220,7 +227,8 @@ absl::Status CheckManifest(const json& manifest, const std::string& path, const 
     return absl::FailedPreconditionError(absl::StrCat(path, " ", what..., kHowToWrite));
   };
   const auto is = [&](const char* key, const json& value) { return manifest.contains(key) && manifest[key] == value; };
-  if (!manifest.is_object() || !manifest.contains("id") || !manifest["id"].is_string()) return refuse("is not a scale manifest");
+  if (!manifest.is_object() || !manifest.contains("id") || !manifest["id"].is_string())
+    return refuse("is not a scale manifest");
   if (!is("format_version", kFormatVersion)) return refuse("is of another format version than ", kFormatVersion);
   if (!is("model", model_fingerprint)) return refuse("is of another model than ", model_fingerprint);
   if (!is("n_layers", n_layers) || !is("n_kv_heads", n_kv_heads)) return refuse("is of another shape than this model");

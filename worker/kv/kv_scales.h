@@ -32,11 +32,12 @@ absl::StatusOr<KvStatistics> ReadKvStatistics(const std::string& path);
 
 enum class Granularity : uint8_t { kRank, kHead };
 
-// Writes layers.{layer}.past_kv_scale.{rank}.weight (16 bytes: little-endian f32 k_scale, k_zp, v_scale, v_zp) for every
-// layer and rank of `world_size`; with kHead also layers.{layer}.past_kv_scale_head.{head}.weight in the same form for every KV
-// head; and kv_scales.json, the manifest: format version, model fingerprint, tp, shapes, dataset, samples, id (xxh3 of all
-// scales, 16 hex digits). Files are written to temporary names and renamed. The folder must exist.
-// zp = (min + max) / 2, scale = (max - min) / 255 in f32; a constant channel range gets the smallest scale that keeps it exact.
+// Writes layers.{layer}.past_kv_scale.{rank}.weight (16 bytes: little-endian f32 k_scale, k_zp, v_scale, v_zp) for
+// every layer and rank of `world_size`; with kHead also layers.{layer}.past_kv_scale_head.{head}.weight in the same
+// form for every KV head; and kv_scales.json, the manifest: format version, model fingerprint, tp, shapes, dataset,
+// samples, id (xxh3 of all scales, 16 hex digits). Files are written to temporary names and renamed. The folder must
+// exist. zp = (min + max) / 2, scale = (max - min) / 255 in f32; a constant channel range gets the smallest scale that
+// keeps it exact.
 absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statistics, int world_size,
                            Granularity granularity);
 
@@ -45,9 +46,9 @@ struct RankScales {
   std::vector<kernels::KvHeadScales> scales;  // [n_layers, n_kv_heads_local]
 };
 
-// What this rank serves with. A missing, short, long or non-finite file, a scale that is not positive, a manifest of another
-// model or TP degree: FailedPrecondition / NotFound naming the file and saying which command writes it. Without a manifest
-// (files LMDeploy wrote) only kRank can be read, and the id is that of the files' content.
+// What this rank serves with. A missing, short, long or non-finite file, a scale that is not positive, a manifest of
+// another model or TP degree: FailedPrecondition / NotFound naming the file and saying which command writes it. Without
+// a manifest (files LMDeploy wrote) only kRank can be read, and the id is that of the files' content.
 absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::string& model_fingerprint, int n_layers,
                                         int n_kv_heads, const shard::ShardPlan& plan, Granularity granularity);
 

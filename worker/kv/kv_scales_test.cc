@@ -15,7 +15,9 @@ namespace fs = std::filesystem;
 
 class KvScalesTest : public ::testing::Test {
  protected:
-  KvScalesTest() : folder_(::testing::TempDir() + "scales_" + std::to_string(getpid())) { fs::create_directories(folder_); }
+  KvScalesTest() : folder_(::testing::TempDir() + "scales_" + std::to_string(getpid())) {
+    fs::create_directories(folder_);
+  }
   ~KvScalesTest() override { fs::remove_all(folder_); }
 
   // Two layers, two heads of two channels; head 1 is wider than head 0.

@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <deque>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -16,18 +17,19 @@ namespace {
 using worker::v1::FromGroup;
 using worker::v1::ToGroup;
 
+constexpr int kMaxMessageBytes = 64 << 20;     // what the coordinator accepts and sends
+constexpr size_t kMaxOutputsBytes = 16 << 20;  // outputs of more are sent sequence by sequence
+
 absl::Status FromGrpc(const grpc::Status& status) {
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
 }
 
-// gRPC's threads push what comes in and write what goes out; the engine's thread pops and pushes. The reactor owns
-// itself while the call lives, so that a link can be dropped at any time.
-class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::enable_shared_from_this<Stream> {
+// gRPC's threads push what comes in and write what goes out; the engine's thread pops and pushes. The engine's thread
+// also creates and destroys it: gRPC ends its callback threads with the last channel, and they must not end themselves.
+class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup> {
  public:
-  explicit Stream(const std::shared_ptr<grpc::Channel>& channel) : stub_(worker::v1::Groups::NewStub(channel)) {}
-
-  void Start(const worker::v1::Join& join) {
-    self_ = shared_from_this();
+  Stream(const std::shared_ptr<grpc::Channel>& channel, const worker::v1::Join& join)
+      : stub_(worker::v1::Groups::NewStub(channel)) {
     stub_->async()->Attach(&context_, this);
     FromGroup first;
     *first.mutable_join() = join;
@@ -35,10 +37,16 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::e
     StartRead(&incoming_);
     StartCall();
   }
+  // Waits for gRPC's last reaction. A cancelled call ends at once, whatever the peer does.
+  ~Stream() override {
+    context_.TryCancel();
+    absl::MutexLock lock(&mutex_);
+    mutex_.Await(absl::Condition(&is_done_));
+  }
 
   void Push(FromGroup message) {
     absl::MutexLock lock(&mutex_);
-    if (is_done_) return;
+    if (is_over_) return;
     outgoing_.push_back(std::move(message));
     WriteNext();
   }
@@ -49,16 +57,13 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::e
     WriteNext();
   }
 
-  void Cancel() { context_.TryCancel(); }
-
-  // The next message, or the error that ended the stream, or DeadlineExceeded after `wait`.
-  absl::StatusOr<ToGroup> Pop(absl::Duration wait) {
+  // The next message; nothing after `wait`; Unavailable or the coordinator's own word once the stream has ended.
+  absl::StatusOr<std::optional<ToGroup>> Pop(absl::Duration wait) {
     absl::MutexLock lock(&mutex_);
     const auto has_news = [this] { return !arrived_.empty() || is_done_; };
-    if (!mutex_.AwaitWithTimeout(absl::Condition(&has_news), wait))
-      return absl::DeadlineExceededError("no message in time");
-    if (arrived_.empty()) return ended_.ok() ? absl::UnavailableError("the coordinator closed the stream") : ended_;
-    ToGroup message = std::move(arrived_.front());
+    if (!mutex_.AwaitWithTimeout(absl::Condition(&has_news), wait)) return std::nullopt;
+    if (arrived_.empty()) return ended_.ok() ? absl::UnavailableError("the coordinator ended the stream") : ended_;
+    std::optional<ToGroup> message = std::move(arrived_.front());
     arrived_.pop_front();
     return message;
   }
@@ -70,7 +75,7 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::e
 
  private:
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (is_writing_) return;
+    if (is_writing_ || is_over_) return;
     if (!outgoing_.empty()) {
       writing_ = std::move(outgoing_.front());
       outgoing_.pop_front();
@@ -88,26 +93,25 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::e
     if (ok) WriteNext();
   }
 
+  // A read is always in flight, which keeps gRPC's call alive for the writes that the engine's thread starts.
   void OnReadDone(bool ok) override {
-    if (!ok) return;
-    {
-      absl::MutexLock lock(&mutex_);
-      arrived_.push_back(std::move(incoming_));
+    absl::MutexLock lock(&mutex_);
+    if (!ok) {
+      is_over_ = true;
+      return;
     }
+    arrived_.push_back(std::move(incoming_));
     StartRead(&incoming_);
   }
 
   void OnDone(const grpc::Status& status) override {
-    std::shared_ptr<Stream> self;  // may be the last reference, so it is declared before the lock and goes after it
     absl::MutexLock lock(&mutex_);
     ended_ = FromGrpc(status);
     is_done_ = true;
-    self.swap(self_);
   }
 
   std::unique_ptr<worker::v1::Groups::Stub> stub_;
   grpc::ClientContext context_;
-  std::shared_ptr<Stream> self_;  // while the call lives
   ToGroup incoming_;
 
   absl::Mutex mutex_;
@@ -118,35 +122,42 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup>, public std::e
   bool is_writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool should_half_close_ ABSL_GUARDED_BY(mutex_) = false;
   bool is_half_closed_ ABSL_GUARDED_BY(mutex_) = false;
+  bool is_over_ ABSL_GUARDED_BY(mutex_) = false;  // nothing may be written any more
   bool is_done_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 class GrpcLink : public CoordinatorLink {
  public:
-  GrpcLink(std::shared_ptr<Stream> stream, const worker::v1::Welcome& welcome)
+  GrpcLink(std::unique_ptr<Stream> stream, const worker::v1::Welcome& welcome)
       : stream_(std::move(stream)), welcome_(welcome) {}
-  ~GrpcLink() override { stream_->Cancel(); }
 
   uint64_t group() const override { return welcome_.group(); }
   uint64_t epoch() const override { return welcome_.epoch(); }
 
   absl::StatusOr<Inbox> Poll(absl::Duration wait) override {
     Inbox inbox;
+    bool is_empty = true;
     while (true) {
-      absl::StatusOr<ToGroup> message = stream_->Pop(wait);
-      if (absl::IsDeadlineExceeded(message.status())) return inbox;
-      if (!message.ok()) return message.status();
-      wait = absl::ZeroDuration();
-      if (message->has_submit()) inbox.submits.push_back(std::move(*message->mutable_submit()));
-      if (message->has_cancel()) {
-        inbox.cancels.insert(inbox.cancels.end(), message->cancel().sequences().begin(),
-                             message->cancel().sequences().end());
-      }
-      if (message->has_stop()) inbox.should_stop = true;
+      absl::StatusOr<std::optional<ToGroup>> message = stream_->Pop(is_empty ? wait : absl::ZeroDuration());
+      // What came before the end is told first.
+      if (!message.ok() && is_empty) return message.status();
+      if (!message.ok() || !message->has_value()) break;
+      is_empty = false;
+      Take(**std::move(message), inbox);
     }
+    return inbox;
   }
 
   void SendOutputs(worker::v1::Outputs outputs) override {
+    if (outputs.ByteSizeLong() > kMaxOutputsBytes && outputs.sequences_size() > 1) {
+      for (worker::v1::SequenceOutput& output : *outputs.mutable_sequences()) {
+        worker::v1::Outputs single;
+        single.set_epoch(outputs.epoch());
+        *single.add_sequences() = std::move(output);
+        SendOutputs(std::move(single));
+      }
+      return;
+    }
     FromGroup message;
     *message.mutable_outputs() = std::move(outputs);
     stream_->Push(std::move(message));
@@ -166,7 +177,17 @@ class GrpcLink : public CoordinatorLink {
   }
 
  private:
-  const std::shared_ptr<Stream> stream_;
+  static void Take(ToGroup message, Inbox& inbox) {
+    if (message.has_submit()) inbox.submits.push_back(std::move(*message.mutable_submit()));
+    if (message.has_stop()) inbox.should_stop = true;
+    for (const uint64_t sequence : message.cancel().sequences()) {
+      // Came and went between two polls: it is as if it had never come.
+      const auto is_it = [sequence](const worker::v1::Submit& submit) { return submit.sequence() == sequence; };
+      if (std::erase_if(inbox.submits, is_it) == 0) inbox.cancels.push_back(sequence);
+    }
+  }
+
+  const std::unique_ptr<Stream> stream_;
   const worker::v1::Welcome welcome_;
 };
 
@@ -182,23 +203,21 @@ absl::StatusOr<std::unique_ptr<CoordinatorLink>> CoordinatorLink::Connect(const 
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   // A channel of its own: a pooled one would come with the back-off of an earlier failure.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  arguments.SetMaxReceiveMessageSize(64 << 20);
+  arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  arguments.SetMaxSendMessageSize(kMaxMessageBytes);
   const auto channel = grpc::CreateCustomChannel(options.address, grpc::InsecureChannelCredentials(), arguments);
   const auto deadline = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(options.connect_timeout);
   if (!channel->WaitForConnected(deadline)) {
     return absl::UnavailableError(absl::StrCat("nothing answers at ", options.address));
   }
-  auto stream = std::make_shared<Stream>(channel);
-  stream->Start(join);
-  // gRPC's callback threads end with the last channel that used them, and abort when one of them drops it, as a stream
-  // that outlives its link does. So the newest channel always lives.
-  static auto& newest = *new std::shared_ptr<grpc::Channel>;
-  newest = channel;
-  absl::StatusOr<ToGroup> first = stream->Pop(options.connect_timeout);
-  if (first.ok() && first->has_welcome()) return std::make_unique<GrpcLink>(std::move(stream), first->welcome());
-  stream->Cancel();
-  if (first.ok()) return absl::InternalError("the coordinator did not begin with a welcome");
-  return first.status();
+  auto stream = std::make_unique<Stream>(channel, join);
+  absl::StatusOr<std::optional<ToGroup>> first = stream->Pop(options.connect_timeout);
+  if (first.ok() && first->has_value() && (*first)->has_welcome()) {
+    return std::make_unique<GrpcLink>(std::move(stream), (*first)->welcome());
+  }
+  if (!first.ok()) return first.status();
+  if (!first->has_value()) return absl::UnavailableError(absl::StrCat("no welcome from ", options.address, " in time"));
+  return absl::InternalError(absl::StrCat(options.address, " did not begin with a welcome"));
 }
 
 }  // namespace rankwise::link

@@ -118,8 +118,8 @@ class Session {
       }
       const bool may_come = absl::IsUnavailable(connected.status()) || absl::IsDeadlineExceeded(connected.status());
       if (!may_come || absl::Now() > give_up || should_stop_) {
-        return absl::AbortedError(absl::StrCat("no coordinator at ", options_.link.address, ": ",
-                                               std::string(connected.status().message())));
+        return absl::AbortedError(
+            absl::StrCat("no coordinator at ", options_.link.address, ": ", std::string(connected.status().message())));
       }
       absl::SleepFor(absl::Milliseconds(100));
     }
@@ -129,6 +129,7 @@ class Session {
     bool is_stopping = false;
     while (true) {
       absl::StatusOr<Inbox> inbox = link_->Poll(engine_.has_work() ? absl::ZeroDuration() : kIdleWait);
+      if (!inbox.ok() && is_stopping) return absl::OkStatus();
       if (!inbox.ok()) return absl::UnavailableError(inbox.status().message());
       TakeIn(*inbox);
       is_stopping = is_stopping || inbox->should_stop || should_stop_;
@@ -142,6 +143,10 @@ class Session {
   }
 
   void TakeIn(const Inbox& inbox) {
+    for (const uint64_t sequence : inbox.cancels) {
+      engine_.Cancel(SequenceId{sequence});
+      live_.erase(SequenceId{sequence});
+    }
     worker::v1::Outputs refused;
     for (const worker::v1::Submit& submit : inbox.submits) {
       const SequenceId id{submit.sequence()};
@@ -155,10 +160,6 @@ class Session {
       CopyTo(output, *refused.add_sequences());
     }
     if (refused.sequences_size() > 0) Send(std::move(refused));
-    for (const uint64_t sequence : inbox.cancels) {
-      engine_.Cancel(SequenceId{sequence});
-      live_.erase(SequenceId{sequence});
-    }
   }
 
   absl::Status Advance() {

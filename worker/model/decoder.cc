@@ -22,9 +22,12 @@ kernels::SumTree OneChunk(int64_t n_in) { return {.boundaries = {0, n_in}}; }
 
 int64_t ScalarBytes(kernels::KvFormat format) {
   switch (format) {
-    case kernels::KvFormat::kF32: return 4;
-    case kernels::KvFormat::kF16: return 2;
-    case kernels::KvFormat::kInt8: return 1;
+    case kernels::KvFormat::kF32:
+      return 4;
+    case kernels::KvFormat::kF16:
+      return 2;
+    case kernels::KvFormat::kInt8:
+      return 1;
   }
   return 0;
 }
@@ -64,8 +67,7 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const weights::Checkpoi
                                                          comm::Communicator& communicator,
                                                          const DecoderOptions& options) {
   RW_CHECK(plan.rank == communicator.rank() && plan.world_size == communicator.size());
-  auto decoder =
-      std::unique_ptr<Decoder>(new Decoder(checkpoint.config(), plan, backend, communicator, options));
+  auto decoder = std::unique_ptr<Decoder>(new Decoder(checkpoint.config(), plan, backend, communicator, options));
   RW_RETURN_IF_ERROR(decoder->Load(checkpoint));
   RW_RETURN_IF_ERROR(decoder->TakeBuffers());
   return decoder;
@@ -199,8 +201,7 @@ absl::Status Decoder::RunLayer(int index, int32_t row_count) {
   kernels::AttentionShape shape = attention_;
   shape.sliding_window = config_.sliding_window[index];
   kernels::KvObservation* observation = observations_.empty() ? nullptr : &observations_[index];
-  const float* next_norm =
-      index + 1 < config_.n_layers ? layers_[index + 1].attention_norm.get() : final_norm_.get();
+  const float* next_norm = index + 1 < config_.n_layers ? layers_[index + 1].attention_norm.get() : final_norm_.get();
 
   RW_RETURN_IF_ERROR(backend_.MatMul(qkv_.get(), normed_.get(), row_count, *layer.qkv, layer.qkv_bias.get()));
   RW_RETURN_IF_ERROR(backend_.RopeAppend(qkv_.get(), shape, rope_, layer.q_norm.get(), layer.k_norm.get(), eps,
@@ -215,8 +216,8 @@ absl::Status Decoder::RunLayer(int index, int32_t row_count) {
   RW_RETURN_IF_ERROR(backend_.SiluMul(activated_.get(), gate_up_.get(), plan_.intermediate.count()));
   RW_RETURN_IF_ERROR(backend_.MatMul(delta_.get(), activated_.get(), row_count, *layer.w2, nullptr));
   RW_RETURN_IF_ERROR(ReduceDelta(row_count));
-  return backend_.AddRmsNorm(normed_.get(), x_.get(), delta_.get(), layer.w2_bias.get(), next_norm,
-                             config_.hidden_size, eps);
+  return backend_.AddRmsNorm(normed_.get(), x_.get(), delta_.get(), layer.w2_bias.get(), next_norm, config_.hidden_size,
+                             eps);
 }
 
 absl::Status Decoder::ReduceDelta(int32_t row_count) {

@@ -16,24 +16,24 @@
 namespace rankwise::model {
 
 struct DecoderOptions {
-  int32_t max_rows = 512;          // rows of one step
-  int64_t max_positions = 2048;    // of one sequence
+  int32_t max_rows = 512;        // rows of one step
+  int64_t max_positions = 2048;  // of one sequence
   kernels::KvFormat kv_format = kernels::KvFormat::kF16;
-  int32_t block_count = 0;         // of the paged cache
+  int32_t block_count = 0;                       // of the paged cache
   std::vector<kernels::KvHeadScales> kv_scales;  // [n_layers * n_kv_heads_local], int8 only
-  bool observes_kv = false;        // keep min and max of all K and V that are appended
+  bool observes_kv = false;                      // keep min and max of all K and V that are appended
   absl::Duration collective_timeout = absl::Seconds(60);
 };
 
 // Bytes of one block of the paged cache on this rank: all layers, K and V.
 int64_t KvBlockBytes(const kernels::KvShape& shape);
 
-// One rank's slice of a decoder: token rows in, logits out. One class for every family: weights::ModelConfig says what differs.
-// Forward is collective over the group's ranks: all call it with the same rows. One thread calls it.
+// One rank's slice of a decoder: token rows in, logits out. One class for every family: weights::ModelConfig says what
+// differs. Forward is collective over the group's ranks: all call it with the same rows. One thread calls it.
 class Decoder {
  public:
-  // Packs this rank's slices into the backend's layout and takes all memory a step needs. `backend` and `communicator` must
-  // outlive the decoder; `checkpoint` too, because embedding rows are read from its mapping.
+  // Packs this rank's slices into the backend's layout and takes all memory a step needs. `backend` and `communicator`
+  // must outlive the decoder; `checkpoint` too, because embedding rows are read from its mapping.
   static absl::StatusOr<std::unique_ptr<Decoder>> Create(const weights::Checkpoint& checkpoint,
                                                          const shard::ShardPlan& plan, kernels::Backend& backend,
                                                          comm::Communicator& communicator,
@@ -42,7 +42,8 @@ class Decoder {
   // Takes the logits [vocab_size] f32 of logit_rows[i] on rank 0; it may overwrite them.
   using LogitsSink = std::function<absl::Status(int32_t i, std::span<float> logits)>;
 
-  // Appends the rows' K and V to the cache, then hands the logits of `logit_rows` (row indices, rising) to `sink` in order.
+  // Appends the rows' K and V to the cache, then hands the logits of `logit_rows` (row indices, rising) to `sink` in
+  // order.
   absl::Status Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const LogitsSink& sink);
 
   const weights::ModelConfig& config() const { return config_; }
@@ -85,7 +86,8 @@ class Decoder {
   std::unique_ptr<kernels::KvPool> kv_pool_;
   std::vector<kernels::KvObservation> observations_;
 
-  // Activations, [max_rows, …]: x the residual stream, normed the input of the next matmul, delta its contribution to x.
+  // Activations, [max_rows, …]: x the residual stream, normed the input of the next matmul, delta its contribution to
+  // x.
   kernels::Backend::Floats x_, normed_, qkv_, attended_, delta_, gate_up_, activated_;
   kernels::Backend::Floats picked_, logits_local_;  // [kLogitRows, hidden], [kLogitRows, vocab_local]
   std::vector<float> part_, gathered_, logits_;     // host: this rank's part, all parts, one row in vocabulary order

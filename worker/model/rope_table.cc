@@ -64,8 +64,8 @@ kernels::RopeTable MakeRopeTable(const RopeConfig& rope, int64_t position_count)
   const auto original = static_cast<double>(rope.original_max_position);
   const auto positions = static_cast<double>(position_count);
   if (rope.scaling == RopeConfig::Scaling::kDynamicNtk && positions > original && rope.rotary_dim > 2) {
-    theta *= std::pow(rope.factor * positions / original - (rope.factor - 1),
-                      rope.rotary_dim / (rope.rotary_dim - 2.0));
+    theta *=
+        std::pow(rope.factor * positions / original - (rope.factor - 1), rope.rotary_dim / (rope.rotary_dim - 2.0));
   }
   std::vector<double> frequencies = BaseFrequencies(theta, rope.rotary_dim);
   double amplitude = 1;

@@ -9,7 +9,8 @@ namespace {
 
 using weights::RopeConfig;
 
-// Frequencies 0, 8, 16, 24 and 31 of 32, and the amplitude, as transformers' modeling_rope_utils gives them for head_dim 64.
+// Frequencies 0, 8, 16, 24 and 31 of 32, and the amplitude, as transformers' modeling_rope_utils gives them for
+// head_dim 64.
 struct Golden {
   const char* name;
   RopeConfig rope;
@@ -39,41 +40,40 @@ TEST_P(RopeTableTest, EqualsTransformers) {
 
 INSTANTIATE_TEST_SUITE_P(
     Types, RopeTableTest,
-    ::testing::Values(
-        Golden{"linear",
-               {.theta = 500000, .rotary_dim = 64, .scaling = RopeConfig::Scaling::kLinear, .factor = 4},
-               2048,
-               1,
-               {0.25, 0.009401507676, 0.000353553361, 1.3295739e-05, 7.53465e-07}},
-        Golden{"llama3",
-               {.theta = 500000,
-                .rotary_dim = 64,
-                .scaling = RopeConfig::Scaling::kLlama3,
-                .factor = 8,
-                .original_max_position = 8192,
-                .low_freq_factor = 1,
-                .high_freq_factor = 4},
-               2048,
-               1,
-               {1.0, 0.037606030703, 0.000524846022, 6.64787e-06, 3.76732e-07}},
-        Golden{"yarn",
-               {.theta = 1e6,
-                .rotary_dim = 64,
-                .scaling = RopeConfig::Scaling::kYarn,
-                .factor = 4,
-                .original_max_position = 32768},
-               2048,
-               1.138629436111989,
-               {1.0, 0.031622778624, 0.000583333371, 7.905694e-06, 3.84982e-07}},
-        Golden{"dynamic",
-               {.theta = 10000,
-                .rotary_dim = 64,
-                .scaling = RopeConfig::Scaling::kDynamicNtk,
-                .factor = 2,
-                .original_max_position = 2048},
-               8192,
-               1,
-               {1.0, 0.060521569103, 0.003662860254, 0.000221682058, 1.9050307e-05}}),
+    ::testing::Values(Golden{"linear",
+                             {.theta = 500000, .rotary_dim = 64, .scaling = RopeConfig::Scaling::kLinear, .factor = 4},
+                             2048,
+                             1,
+                             {0.25, 0.009401507676, 0.000353553361, 1.3295739e-05, 7.53465e-07}},
+                      Golden{"llama3",
+                             {.theta = 500000,
+                              .rotary_dim = 64,
+                              .scaling = RopeConfig::Scaling::kLlama3,
+                              .factor = 8,
+                              .original_max_position = 8192,
+                              .low_freq_factor = 1,
+                              .high_freq_factor = 4},
+                             2048,
+                             1,
+                             {1.0, 0.037606030703, 0.000524846022, 6.64787e-06, 3.76732e-07}},
+                      Golden{"yarn",
+                             {.theta = 1e6,
+                              .rotary_dim = 64,
+                              .scaling = RopeConfig::Scaling::kYarn,
+                              .factor = 4,
+                              .original_max_position = 32768},
+                             2048,
+                             1.138629436111989,
+                             {1.0, 0.031622778624, 0.000583333371, 7.905694e-06, 3.84982e-07}},
+                      Golden{"dynamic",
+                             {.theta = 10000,
+                              .rotary_dim = 64,
+                              .scaling = RopeConfig::Scaling::kDynamicNtk,
+                              .factor = 2,
+                              .original_max_position = 2048},
+                             8192,
+                             1,
+                             {1.0, 0.060521569103, 0.003662860254, 0.000221682058, 1.9050307e-05}}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

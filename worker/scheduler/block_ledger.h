@@ -1,77 +1,70 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <span>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
-
 namespace rankwise::scheduler {
 
-// Who holds which block of the paged cache, and which blocks hold a prefix that others may share.
+constexpr int32_t kNoBlock = -1;
+
+// Who holds which block of the paged cache, and which full blocks others may share.
 //
-// Invariants: (1) A block is unused, held, or cached: free_.size() + held + idle_.size() == block_count. (2) References are the
-// number of its holders. (3) A published block is found by the chain of all tokens up to its end, compared token by token:
-// equal hashes of different prefixes never share.
+// A block is unused (on free_), held (references > 0), or cached (published, held by nobody, on the idle list). A
+// published block has its tokens and the published block before it on record; that chain names all tokens up to its
+// end, so equal records mean equal K and V. Hashes only find the records: they are compared token by token.
+//
+// Invariants: (1) free + held + cached = block_count. (2) Who holds a published block holds its parent. (3) Hence a
+// parent goes idle after its children, and the least recently used idle block has none.
 class BlockLedger {
  public:
   BlockLedger(int32_t block_count, int32_t block_tokens);
 
-  // Names the content of a published prefix; kRoot is the empty one.
-  enum class PrefixId : uint64_t {};
-  static constexpr PrefixId kRoot{0};
-
-  int32_t available() const { return static_cast<int32_t>(free_.size() + idle_.size()); }
-  int32_t cached() const { return static_cast<int32_t>(idle_.size()); }
+  int32_t available() const { return static_cast<int32_t>(free_.size()) + idle_count_; }
+  int32_t cached() const { return idle_count_; }
   int32_t block_count() const { return static_cast<int32_t>(blocks_.size()); }
+  bool is_held(int32_t block) const { return blocks_[block].references > 0; }
 
   // A block with one reference; evicts the least recently used cached one if need be. Requires available() > 0.
   int32_t Take();
+  // One more reference, for a block that Find returned.
+  void Hold(int32_t block);
+  // One reference less. A sequence releases its last block first: invariant 3.
   void Release(int32_t block);
 
-  // Makes a full block with the tokens behind `parent` findable. When another block has the same content already, that one
-  // stays, and its id is returned.
-  PrefixId Publish(int32_t block, PrefixId parent, std::span<const int32_t> tokens);
+  // The published block with these tokens [block_tokens] behind `parent` (kNoBlock: at the start), or kNoBlock.
+  int32_t Find(int32_t parent, std::span<const int32_t> tokens) const;
 
-  struct Match {
-    std::vector<int32_t> blocks;  // each with a reference for the caller
-    PrefixId prefix = kRoot;      // of the last one
-  };
-  // The longest published prefix of `tokens` in whole blocks, at most `block_limit`.
-  Match Find(std::span<const int32_t> tokens, int32_t block_limit);
+  // Makes a held, full block findable and returns it; or, if an equal one is published already, moves the caller's
+  // reference to that one and returns it. Requires the caller to hold `parent`.
+  int32_t Publish(int32_t block, int32_t parent, std::span<const int32_t> tokens);
 
   // Aborts on a broken invariant; `held[b]` is how often block b is held.
   void Check(std::span<const int32_t> held) const;
 
  private:
-  struct Key {
-    PrefixId parent;
-    std::vector<int32_t> tokens;
-    bool operator==(const Key&) const = default;
-    template <typename H>
-    friend H AbslHashValue(H state, const Key& key) {
-      return H::combine(std::move(state), key.parent, key.tokens);
-    }
-  };
-  struct Published {
-    int32_t block;
-    PrefixId id;
-  };
   struct Block {
     int32_t references = 0;
     bool is_published = false;
-    Key key;              // while published
-    uint64_t idle_since = 0;  // key in idle_, while published and not held
+    int32_t parent = kNoBlock;  // while published, as are the next two
+    int32_t children = 0;       // published blocks behind it
+    int32_t next_in_bucket = kNoBlock;
+    int32_t older = 0, newer = 0;  // neighbours on the idle list
   };
+
+  std::span<const int32_t> TokensOf(int32_t block) const;
+  int32_t BucketOf(int32_t parent, std::span<const int32_t> tokens) const;
+  void Unpublish(int32_t block);
+  void PushIdle(int32_t block);
+  void DropIdle(int32_t block);
 
   const int32_t block_tokens_;
   std::vector<Block> blocks_;
+  std::vector<int32_t> tokens_;   // [block_count, block_tokens], of published blocks
+  std::vector<int32_t> buckets_;  // first published block of each, kNoBlock if none; the count is a power of two
   std::vector<int32_t> free_;
-  std::map<uint64_t, int32_t> idle_;  // published, not held; least recently used first
-  absl::flat_hash_map<Key, Published> published_;
-  uint64_t next_prefix_ = 1;
-  uint64_t next_use_ = 0;
+  int32_t oldest_idle_ = kNoBlock, newest_idle_ = kNoBlock;
+  int32_t idle_count_ = 0;
 };
 
 }  // namespace rankwise::scheduler

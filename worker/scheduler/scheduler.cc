@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <compare>
+#include <limits>
 #include <map>
 #include <utility>
 
@@ -15,25 +16,26 @@ namespace {
 
 // Who goes first: higher priority, then earlier arrival. A preempted sequence keeps its place.
 struct Order {
-  int32_t negated_priority;
+  int64_t negated_priority;
   int64_t arrival;
   auto operator<=>(const Order&) const = default;
 };
 
+constexpr Order kBeforeAll{std::numeric_limits<int64_t>::min(), 0};
 constexpr int32_t kNoSlot = -1;
 
 struct Entry {
   Sequence sequence;
   Order order;
+  int32_t all_logits_end = 0;  // of the positions whose logits are all wanted
   int32_t slot = kNoSlot;
   std::vector<int32_t> blocks;
-  int32_t announced_blocks = 0;  // of `blocks`, those the ranks know
+  int32_t announced_blocks = 0;  // of `blocks`, those in the ranks' table
+  int32_t published_blocks = 0;  // of `blocks`, the full ones: their ledger records form a chain
   int32_t computed = 0;          // positions in the cache
   int32_t cached = 0;            // of those, found in the prefix cache
-  int32_t published_blocks = 0;
-  BlockLedger::PrefixId prefix = BlockLedger::kRoot;  // of the last published block
   int32_t planned_rows = 0;      // in the step under way
-  bool is_fresh = true;          // no segment since it got its slot
+  bool is_first = true;          // no segment since it got its slot
   bool must_yield = false;
 
   int32_t known() const { return static_cast<int32_t>(sequence.tokens.size()); }
@@ -43,158 +45,213 @@ struct Entry {
 }  // namespace
 
 struct Scheduler::State {
-  explicit State(const SchedulerOptions& given) : options(given), ledger(given.block_count, given.block_tokens) {
-    for (int32_t slot = options.slot_count - 1; slot >= 0; --slot) free_slots.push_back(slot);
-  }
+  explicit State(const SchedulerOptions& given);
 
   int32_t BlocksFor(int32_t tokens) const { return (tokens + options.block_tokens - 1) / options.block_tokens; }
+  std::span<const int32_t> TokensOfBlock(const Entry& entry, int32_t index) const;
+  int32_t FindNext(const Entry& entry, int32_t parent, int32_t index) const;
 
   void GiveBack(Entry& entry);
   void Preempt(Entry& entry);
-  void MakeWay();
-  bool PreemptBehind(const Order& order);
+  bool HasRoomFor(const Entry& entry) const;
   bool Enter(Entry& entry);
-  void PlanSequence(Entry& entry, int32_t rows, StepPlan& plan, std::vector<Planned>& planned);
-  void PublishFullBlocks(Entry& entry);
+  void AssignRows();
+  void TakeBlocks();
+  void Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& planned);
+  void Publish(Entry& entry);
 
   const SchedulerOptions options;
   BlockLedger ledger;
-  absl::flat_hash_map<SequenceId, std::unique_ptr<Entry>> entries;
+  absl::flat_hash_map<SequenceId, std::unique_ptr<Entry>> entries;  // never iterated but to check
   std::map<Order, Entry*> running, waiting;
   std::vector<int32_t> free_slots;
-  std::vector<int32_t> cleared_slots;  // not yet told to the ranks
-  std::vector<SequenceId> planned_ids;
+  std::vector<bool> must_clear;  // by slot: the ranks' table is stale
   int64_t next_arrival = 0;
   int64_t cached_tokens = 0, preemptions = 0;
+
+  // The step under way.
+  bool is_open = false;
+  int32_t rows_left = 0;
+  std::vector<SequenceId> planned_ids;
 };
 
-Scheduler::Scheduler(const SchedulerOptions& options) : state_(std::make_unique<State>(options)) {}
-Scheduler::~Scheduler() = default;
+Scheduler::State::State(const SchedulerOptions& given)
+    : options(given), ledger(given.block_count, given.block_tokens), must_clear(given.slot_count) {
+  RW_CHECK(options.slot_count > 0 && options.max_step_rows > 0 && options.max_chunk_rows > 0);
+  // One row stays for prompts, so that a sequence that waits longest or matters most is never kept out by decoding
+  // ones.
+  const int32_t usable = std::min(options.slot_count, std::max(1, options.max_step_rows - 1));
+  for (int32_t slot = usable - 1; slot >= 0; --slot) free_slots.push_back(slot);
+}
 
-// Slot and blocks go back, the tail first so that it is evicted before the prefix it needs.
+std::span<const int32_t> Scheduler::State::TokensOfBlock(const Entry& entry, int32_t index) const {
+  return std::span(entry.sequence.tokens)
+      .subspan(static_cast<size_t>(index) * options.block_tokens, options.block_tokens);
+}
+
+// The published block that `entry` can share as its block `index`. Its last token is always computed, for its logits.
+int32_t Scheduler::State::FindNext(const Entry& entry, int32_t parent, int32_t index) const {
+  if (!options.has_prefix_cache || entry.sequence.needs_all_logits) return kNoBlock;
+  if ((index + 1) * options.block_tokens >= entry.known()) return kNoBlock;
+  return ledger.Find(parent, TokensOfBlock(entry, index));
+}
+
 void Scheduler::State::GiveBack(Entry& entry) {
   for (auto block = entry.blocks.rbegin(); block != entry.blocks.rend(); ++block) ledger.Release(*block);
   entry.blocks.clear();
-  cleared_slots.push_back(entry.slot);
-  free_slots.push_back(entry.slot);
-  entry.slot = kNoSlot;
+  must_clear[entry.slot] = true;
+  free_slots.push_back(std::exchange(entry.slot, kNoSlot));
 }
 
+// Back to waiting in its place. What it knows stays; its K and V are computed again, or found again in the cache.
 void Scheduler::State::Preempt(Entry& entry) {
   GiveBack(entry);
   running.erase(entry.order);
   waiting.emplace(entry.order, &entry);
-  entry.announced_blocks = entry.computed = entry.cached = entry.published_blocks = entry.planned_rows = 0;
-  entry.prefix = BlockLedger::kRoot;
-  entry.is_fresh = true;
+  rows_left += entry.planned_rows;
+  entry.announced_blocks = entry.published_blocks = entry.computed = entry.cached = entry.planned_rows = 0;
+  entry.is_first = true;
   entry.must_yield = false;
   ++preemptions;
 }
 
-// Before a step: those told to yield do, and lower priorities make room for a higher one that waits.
-void Scheduler::State::MakeWay() {
-  std::vector<Entry*> yielding;
-  for (const auto& [order, entry] : running) {
-    if (entry->must_yield) yielding.push_back(entry);
-  }
-  for (Entry* entry : yielding) Preempt(*entry);
-  while (!waiting.empty() && !running.empty()) {
-    const Entry& first = *waiting.begin()->second;
-    Entry& last = *running.rbegin()->second;
-    const bool has_room = !free_slots.empty() && ledger.available() >= BlocksFor(first.known());
-    if (has_room || last.order.negated_priority <= first.order.negated_priority) break;
-    Preempt(last);
-  }
-}
-
-// Takes the blocks of the last sequence behind `order` that has no part in this step; false when there is none.
-bool Scheduler::State::PreemptBehind(const Order& order) {
-  for (auto last = running.rbegin(); last != running.rend() && order < last->first; ++last) {
-    if (last->second->planned_rows > 0) continue;
-    Preempt(*last->second);
-    return true;
-  }
-  return false;
-}
-
-// From waiting to running, if a slot and blocks for all it knows are there; what the prefix cache has it shares.
-bool Scheduler::State::Enter(Entry& entry) {
+// A slot, and blocks for all it knows beside what the running ones still need for theirs, plus one each: without that
+// the newcomer would soon be preempted again, its work lost.
+bool Scheduler::State::HasRoomFor(const Entry& entry) const {
   if (free_slots.empty()) return false;
-  BlockLedger::Match match;
-  if (options.has_prefix_cache && !entry.sequence.needs_all_logits) {
-    match = ledger.Find(entry.sequence.tokens, (entry.known() - 1) / options.block_tokens);
+  int32_t short_of = BlocksFor(entry.known()) - ledger.available();
+  for (const auto& [order, other] : running) {
+    short_of += BlocksFor(other->known()) - static_cast<int32_t>(other->blocks.size()) + 1;
   }
-  const auto shared = static_cast<int32_t>(match.blocks.size());
-  if (ledger.available() < BlocksFor(entry.known()) - shared) {
-    for (auto block = match.blocks.rbegin(); block != match.blocks.rend(); ++block) ledger.Release(*block);
-    return false;
+  // Sharing saves a block only where another sequence holds it; cached ones count as available already.
+  for (int32_t index = 0, parent = kNoBlock; short_of > 0; ++index, --short_of) {
+    parent = FindNext(entry, parent, index);
+    if (parent == kNoBlock || !ledger.is_held(parent)) return false;
+  }
+  return true;
+}
+
+// From waiting to running, if there is room or lower priorities can make it.
+bool Scheduler::State::Enter(Entry& entry) {
+  while (!HasRoomFor(entry)) {
+    RW_CHECK(!running.empty(), "a sequence does not fit the empty pool");
+    Entry& last = *running.rbegin()->second;
+    if (last.order.negated_priority <= entry.order.negated_priority) return false;
+    Preempt(last);
   }
   entry.slot = free_slots.back();
   free_slots.pop_back();
-  entry.blocks = std::move(match.blocks);
-  entry.prefix = match.prefix;
-  entry.published_blocks = shared;
-  entry.computed = entry.cached = shared * options.block_tokens;
+  for (int32_t parent = kNoBlock;; ++entry.published_blocks) {
+    parent = FindNext(entry, parent, entry.published_blocks);
+    if (parent == kNoBlock) break;
+    ledger.Hold(parent);
+    entry.blocks.push_back(parent);
+  }
+  entry.computed = entry.cached = entry.published_blocks * options.block_tokens;
   cached_tokens += entry.cached;
   waiting.erase(entry.order);
   running.emplace(entry.order, &entry);
   return true;
 }
 
-// Up to `rows` rows, as far as blocks can be had.
-void Scheduler::State::PlanSequence(Entry& entry, int32_t rows, StepPlan& plan, std::vector<Planned>& planned) {
-  const int32_t needed = BlocksFor(entry.computed + rows);
-  while (static_cast<int32_t>(entry.blocks.size()) < needed) {
-    if (ledger.available() == 0 && !PreemptBehind(entry.order)) break;
-    if (ledger.available() > 0) entry.blocks.push_back(ledger.Take());
+// Whoever decodes has its row. Prompts share the rows that are left in order, and whoever waits enters in its turn.
+void Scheduler::State::AssignRows() {
+  rows_left = options.max_step_rows;
+  for (const auto& [order, entry] : running) {
+    RW_CHECK(entry->missing() > 0, absl::StrCat("sequence ", static_cast<uint64_t>(entry->sequence.id),
+                                                " was neither given its token nor removed"));
+    if (entry->missing() > 1) continue;
+    entry->planned_rows = 1;
+    --rows_left;
   }
-  const auto room = static_cast<int32_t>(entry.blocks.size()) * options.block_tokens - entry.computed;
-  rows = std::min(rows, room);
-  if (rows <= 0) return;
+  bool can_enter = true;
+  for (Order turn = kBeforeAll; rows_left > 0;) {
+    const auto prompt = std::find_if(running.upper_bound(turn), running.end(),
+                                     [](const auto& item) { return item.second->missing() > 1; });
+    Entry* next = prompt == running.end() ? nullptr : prompt->second;
+    if (can_enter && !waiting.empty() && (next == nullptr || waiting.begin()->first < next->order)) {
+      next = waiting.begin()->second;
+      can_enter = Enter(*next);
+      if (!can_enter) continue;
+    }
+    if (next == nullptr) break;
+    next->planned_rows = std::min({next->missing(), rows_left, options.max_chunk_rows});
+    rows_left -= next->planned_rows;
+    turn = next->order;
+  }
+}
 
-  const auto first = entry.sequence.tokens.begin() + entry.computed;
-  const bool produces_token = rows == entry.missing();
+// In order, so that memory flows to the first: it preempts from the end, and the last one makes do with what it has.
+void Scheduler::State::TakeBlocks() {
+  for (const auto& [order, entry] : running) {
+    const int32_t needed = BlocksFor(entry->computed + entry->planned_rows);
+    while (static_cast<int32_t>(entry->blocks.size()) < needed) {
+      if (ledger.available() > 0) {
+        entry->blocks.push_back(ledger.Take());
+        continue;
+      }
+      Entry* last = running.rbegin()->second;
+      if (last == entry) break;
+      Preempt(*last);
+    }
+    const auto room = static_cast<int32_t>(entry->blocks.size()) * options.block_tokens - entry->computed;
+    entry->planned_rows = std::min(entry->planned_rows, room);
+  }
+}
+
+void Scheduler::State::Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& planned) {
+  const bool produces_token = entry.planned_rows == entry.missing();
   planned.push_back({.id = entry.sequence.id,
                      .segment = static_cast<int32_t>(plan.segments.size()),
                      .cached_tokens = entry.cached,
-                     .is_first = entry.is_fresh,
+                     .is_first = entry.is_first,
                      .produces_token = produces_token});
   StepSegment& segment = plan.segments.emplace_back();
   segment.slot = entry.slot;
   segment.first_position = entry.computed;
-  segment.tokens.assign(first, first + rows);
-  segment.new_blocks.assign(entry.blocks.begin() + entry.announced_blocks, entry.blocks.end());
-  if (entry.sequence.needs_all_logits) {
+  if (entry.computed < entry.all_logits_end) {
     segment.logits = LogitsNeed::kAll;
   } else if (produces_token) {
     segment.logits = LogitsNeed::kLast;
   }
+  const auto first = entry.sequence.tokens.begin() + entry.computed;
+  segment.tokens.assign(first, first + entry.planned_rows);
+  segment.new_blocks.assign(entry.blocks.begin() + entry.announced_blocks, entry.blocks.end());
   entry.announced_blocks = static_cast<int32_t>(entry.blocks.size());
-  entry.planned_rows = rows;
-  entry.is_fresh = false;
+  entry.is_first = false;
   planned_ids.push_back(entry.sequence.id);
 }
 
-void Scheduler::State::PublishFullBlocks(Entry& entry) {
+// Full blocks become shareable. Where an equal block is published already the sequence goes over to that one and its
+// own is free again; the ranks then get its table anew.
+void Scheduler::State::Publish(Entry& entry) {
   if (!options.has_prefix_cache) return;
-  for (; (entry.published_blocks + 1) * options.block_tokens <= entry.computed; ++entry.published_blocks) {
-    const std::span<const int32_t> tokens = std::span<const int32_t>(entry.sequence.tokens)
-                                                .subspan(entry.published_blocks * options.block_tokens, options.block_tokens);
-    entry.prefix = ledger.Publish(entry.blocks[entry.published_blocks], entry.prefix, tokens);
+  for (int32_t& index = entry.published_blocks; (index + 1) * options.block_tokens <= entry.computed; ++index) {
+    const int32_t parent = index == 0 ? kNoBlock : entry.blocks[index - 1];
+    const int32_t own = entry.blocks[index];
+    entry.blocks[index] = ledger.Publish(own, parent, TokensOfBlock(entry, index));
+    if (entry.blocks[index] == own) continue;
+    entry.announced_blocks = 0;
+    must_clear[entry.slot] = true;
   }
 }
 
+Scheduler::Scheduler(const SchedulerOptions& options) : state_(std::make_unique<State>(options)) {}
+Scheduler::~Scheduler() = default;
+
 absl::Status Scheduler::Admit(Sequence sequence) {
   State& state = *state_;
-  const auto known = static_cast<int32_t>(sequence.tokens.size());
-  const int32_t most = sequence.max_tokens > 0 ? sequence.max_tokens : state.options.max_positions;
+  const auto known = static_cast<int64_t>(sequence.tokens.size());
+  if (sequence.max_tokens == 0) sequence.max_tokens = state.options.max_positions;
+  const int32_t most = sequence.max_tokens;
   if (known < 1 || known > most || most > state.options.max_positions) {
     return absl::InvalidArgumentError(absl::StrCat("a sequence of ", known, " tokens that may grow to ", most,
                                                    " does not fit a context of ", state.options.max_positions));
   }
   if (state.BlocksFor(most) > state.options.block_count) {
     return absl::InvalidArgumentError(absl::StrCat("a sequence of up to ", most, " tokens does not fit a KV cache of ",
-                                                   state.options.block_count, " blocks of ", state.options.block_tokens));
+                                                   state.options.block_count, " blocks of ",
+                                                   state.options.block_tokens));
   }
   if (state.entries.contains(sequence.id)) {
     return absl::AlreadyExistsError(absl::StrCat("sequence ", static_cast<uint64_t>(sequence.id), " is live"));
@@ -203,7 +260,8 @@ absl::Status Scheduler::Admit(Sequence sequence) {
     return absl::ResourceExhaustedError(absl::StrCat(state.options.max_waiting, " sequences wait already"));
   }
   auto entry = std::make_unique<Entry>();
-  entry->order = {-sequence.priority, state.next_arrival++};
+  entry->order = {-static_cast<int64_t>(sequence.priority), state.next_arrival++};
+  entry->all_logits_end = sequence.needs_all_logits ? static_cast<int32_t>(known) : 0;
   entry->sequence = std::move(sequence);
   state.waiting.emplace(entry->order, entry.get());
   state.entries.emplace(entry->sequence.id, std::move(entry));
@@ -222,59 +280,51 @@ void Scheduler::Remove(SequenceId id) {
 
 bool Scheduler::PlanStep(StepPlan& plan, std::vector<Planned>& planned) {
   State& state = *state_;
-  if (state.entries.empty()) return false;
-  state.planned_ids.clear();
-  planned.clear();
+  RW_CHECK(!state.is_open, "PlanStep before CompleteStep");
+  plan.kind = StepKind::kRun;
+  plan.cleared_slots.clear();
   plan.segments.clear();
-  state.MakeWay();
+  planned.clear();
+  if (state.entries.empty()) return false;
 
-  // Sequences that decode have their row for sure; prompts share what is left.
-  std::vector<Entry*> turn;
-  int32_t decoding = 0;
+  std::vector<Entry*> yielding;
   for (const auto& [order, entry] : state.running) {
-    turn.push_back(entry);
-    decoding += entry->missing() == 1;
+    if (entry->must_yield) yielding.push_back(entry);
   }
-  int32_t prompt_rows = std::max(0, state.options.max_step_rows - decoding);
-  const auto plan_one = [&](Entry& entry) {
-    const bool decodes = entry.missing() == 1 && !entry.is_fresh;
-    const int32_t limit = decodes ? 1 : std::min(prompt_rows, state.options.max_chunk_rows);
-    const int32_t rows = std::min(entry.missing(), limit);
-    if (rows <= 0) return;
-    state.PlanSequence(entry, rows, plan, planned);
-    if (!decodes) prompt_rows -= entry.planned_rows;
-  };
-  for (Entry* entry : turn) {
-    if (entry->slot != kNoSlot) plan_one(*entry);
-  }
-  while (!state.waiting.empty() && prompt_rows > 0) {
-    Entry& next = *state.waiting.begin()->second;
-    if (!state.Enter(next)) break;
-    plan_one(next);
+  for (Entry* entry : yielding) state.Preempt(*entry);
+  state.AssignRows();
+  state.TakeBlocks();
+  for (const auto& [order, entry] : state.running) {
+    if (entry->planned_rows > 0) state.Emit(*entry, plan, planned);
   }
   RW_CHECK(!plan.segments.empty(), "sequences are live but none can run");
-  plan.cleared_slots = std::exchange(state.cleared_slots, {});
-  std::ranges::sort(plan.cleared_slots);
-  const auto repeated = std::ranges::unique(plan.cleared_slots);
-  plan.cleared_slots.erase(repeated.begin(), repeated.end());
+  for (int32_t slot = 0; slot < state.options.slot_count; ++slot) {
+    if (!state.must_clear[slot]) continue;
+    plan.cleared_slots.push_back(slot);
+    state.must_clear[slot] = false;
+  }
+  state.is_open = true;
   return true;
 }
 
 void Scheduler::CompleteStep(std::span<const Token> tokens) {
   State& state = *state_;
+  RW_CHECK(std::exchange(state.is_open, false), "CompleteStep without PlanStep");
   for (const SequenceId id : state.planned_ids) {
     const auto found = state.entries.find(id);
     if (found == state.entries.end()) continue;
     Entry& entry = *found->second;
     entry.computed += std::exchange(entry.planned_rows, 0);
-    state.PublishFullBlocks(entry);
+    state.Publish(entry);
   }
   state.planned_ids.clear();
   for (const Token& token : tokens) {
     const auto found = state.entries.find(token.id);
-    if (found == state.entries.end()) continue;
-    RW_CHECK(found->second->missing() == 0, "a token for a sequence whose rows are not all computed");
-    found->second->sequence.tokens.push_back(token.token);
+    // Not the sequence that was planned, when its id was removed and admitted again since.
+    if (found == state.entries.end() || found->second->missing() > 0) continue;
+    Sequence& sequence = found->second->sequence;
+    RW_CHECK(found->second->known() < sequence.max_tokens, "a sequence grows beyond its max_tokens");
+    sequence.tokens.push_back(token.token);
   }
 }
 
@@ -296,21 +346,25 @@ SchedulerLoad Scheduler::load() const {
 
 void Scheduler::CheckInvariants() const {
   const State& state = *state_;
-  std::vector<int32_t> held(state.options.block_count, 0);
-  std::vector<bool> is_owned(state.options.slot_count, false);
+  std::vector<int32_t> held(state.options.block_count);
+  std::vector<bool> is_taken(state.options.slot_count);
+  const auto take_slot = [&](int32_t slot) {
+    RW_CHECK(!is_taken[slot], absl::StrCat("slot ", slot, " has two owners"));
+    is_taken[slot] = true;
+  };
+  for (const int32_t slot : state.free_slots) take_slot(slot);
   for (const auto& [id, entry] : state.entries) {
     const bool is_running = entry->slot != kNoSlot;
     RW_CHECK(state.running.contains(entry->order) == is_running && state.waiting.contains(entry->order) != is_running);
-    RW_CHECK(is_running || entry->blocks.empty(), "a waiting sequence owns blocks");
+    RW_CHECK(is_running || (entry->blocks.empty() && entry->computed == 0), "a waiting sequence owns something");
     RW_CHECK(entry->computed + entry->planned_rows <=
              static_cast<int32_t>(entry->blocks.size()) * state.options.block_tokens);
+    RW_CHECK(entry->computed + entry->planned_rows <= entry->known());
     if (!is_running) continue;
-    RW_CHECK(!is_owned[entry->slot], absl::StrCat("slot ", entry->slot, " has two owners"));
-    is_owned[entry->slot] = true;
+    take_slot(entry->slot);
     for (const int32_t block : entry->blocks) ++held[block];
   }
   RW_CHECK(state.running.size() + state.waiting.size() == state.entries.size());
-  RW_CHECK(state.free_slots.size() + state.running.size() == static_cast<size_t>(state.options.slot_count));
   state.ledger.Check(held);
 }
 

@@ -18,10 +18,10 @@ enum class SequenceId : uint64_t {};
 struct SchedulerOptions {
   int32_t block_count = 0;
   int32_t block_tokens = 16;
-  int32_t slot_count = 64;        // sequences that can hold blocks at once
-  int32_t max_step_rows = 512;    // rows of one step
-  int32_t max_chunk_rows = 512;   // prompt rows of one sequence in one step
-  int32_t max_positions = 2048;   // prompt + generated of one sequence
+  int32_t slot_count = 64;       // sequences that can hold blocks at once; less than max_step_rows of them are used
+  int32_t max_step_rows = 512;   // rows of one step
+  int32_t max_chunk_rows = 512;  // prompt rows of one sequence in one step
+  int32_t max_positions = 2048;  // prompt + generated of one sequence
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
 };
@@ -31,16 +31,16 @@ struct Sequence {
   std::vector<int32_t> tokens;    // prompt, then tokens generated before a replay; at least one
   int32_t max_tokens = 0;         // what `tokens` may grow to; 0: max_positions
   int32_t priority = 0;           // higher first, then by arrival
-  bool needs_all_logits = false;  // for prompt logprobs; such a sequence reads no cached prefix
+  bool needs_all_logits = false;  // of `tokens`, for prompt logprobs; such a sequence reads no cached prefix
 };
 
-// One step's work for one sequence whose last row asks for logits, in the order of the plan's segments.
+// Whose rows a segment of the plan holds: one of these for each, in the same order.
 struct Planned {
   SequenceId id{};
-  int32_t segment = 0;             // index in plan.segments
-  int32_t cached_tokens = 0;       // prefix rows found in the cache when the sequence entered, for the first segment of a run
-  bool is_first = false;           // first segment since admission or preemption
-  bool produces_token = false;     // its last position is the sequence's last known token: sample after the step
+  int32_t segment = 0;          // index in plan.segments
+  int32_t cached_tokens = 0;    // prefix rows found in the cache when the sequence last entered
+  bool is_first = false;        // first segment since admission or preemption
+  bool produces_token = false;  // its last position is the sequence's last known token: sample after the step
 };
 
 struct SchedulerLoad {
@@ -58,31 +58,33 @@ class Scheduler {
   explicit Scheduler(const SchedulerOptions& options);
   ~Scheduler();
 
-  // InvalidArgument when it can never run (longer than max_positions, or max_tokens more than the whole pool), ResourceExhausted when
+  // InvalidArgument when it can never run (max_tokens beyond max_positions or the whole pool), ResourceExhausted when
   // max_waiting others wait, AlreadyExists.
   absl::Status Admit(Sequence sequence);
 
-  // Gives back all it holds. Idempotent, and right at any time: also between PlanStep and CompleteStep, whose result for
-  // it is then ignored. Used for finished, cancelled and expired sequences alike.
+  // Gives back all it holds. Idempotent, and right at any time: also between PlanStep and CompleteStep, whose result
+  // for it is then ignored. Used for finished, cancelled and expired sequences alike.
   void Remove(SequenceId id);
 
-  // The next step, or nothing when no sequence is live. `plan.step` is left to the caller. Between PlanStep and CompleteStep
-  // the only calls allowed are Admit and Remove.
+  // The next step, or nothing when no sequence is live. `plan.step` is left to the caller. plan.cleared_slots are those
+  // whose sequence left, or whose table follows anew in this plan or a later one. Between PlanStep and CompleteStep the
+  // only calls allowed are Admit and Remove.
   bool PlanStep(StepPlan& plan, std::vector<Planned>& planned);
 
   struct Token {
     SequenceId id{};
     int32_t token = 0;
   };
-  // The step ran: its rows are in the cache. `tokens`: one for every planned sequence that produces a token and is to go on.
+  // The step ran: its rows are in the cache. `tokens`: one for every planned sequence that produces a token and is to
+  // go on; the others that produce one are removed before the next PlanStep.
   void CompleteStep(std::span<const Token> tokens);
 
   // Asks the next PlanStep to preempt this sequence, as if memory had run out. For tests.
   void Preempt(SequenceId id);
 
   SchedulerLoad load() const;
-  // Aborts the process on a broken invariant: free + held + cached blocks = total; a block's reference count is the number
-  // of its holders; no slot has two owners; a waiting sequence owns nothing.
+  // Aborts the process on a broken invariant: free + held + cached blocks = total; a block's reference count is the
+  // number of its holders; no slot has two owners; a waiting sequence owns nothing.
   void CheckInvariants() const;
 
  private:

@@ -1,238 +1,402 @@
 #include "worker/scheduler/scheduler.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <map>
-#include <random>
-#include <set>
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 
 namespace rankwise::scheduler {
 namespace {
 
-constexpr int kBlockTokens = 4;
+using ::testing::HasSubstr;
 
-uint64_t Mix(uint64_t a, uint64_t b) {
-  uint64_t z = a * 0x9E3779B97F4A7C15 + b + 0x7F4A7C15;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-  return z ^ (z >> 31);
-}
-
-// A rank whose cache holds, for each position, the hash of all tokens up to it. It reads what its block tables say, so a
-// shared block that does not belong, a block used twice or a missing row gives a wrong token.
-class SimulatedRank {
- public:
-  SimulatedRank(int slots, int blocks) : tables_(slots), cache_(blocks * kBlockTokens, 0) {}
-
-  // The hash after each segment's last row.
-  std::vector<uint64_t> Run(const StepPlan& plan) {
-    for (const int32_t slot : plan.cleared_slots) tables_[slot].clear();
-    std::vector<uint64_t> last;
-    for (const StepSegment& segment : plan.segments) {
-      auto& table = tables_[segment.slot];
-      table.insert(table.end(), segment.new_blocks.begin(), segment.new_blocks.end());
-      uint64_t hash = segment.first_position == 0 ? 1 : At(table, segment.first_position - 1);
-      int32_t position = segment.first_position;
-      for (const int32_t token : segment.tokens) {
-        hash = Mix(hash, token);
-        At(table, position++) = hash;
-      }
-      last.push_back(hash);
-    }
-    return last;
+// A scheduler with blocks of four tokens, and its plans in words: "clear 0; 1[0,6) blocks 0 1 token" is sequence 1
+// computing positions 0 to 5 with blocks 0 and 1 new in its table, after which it produces a token.
+class SchedulerTest : public ::testing::Test {
+ protected:
+  static SchedulerOptions Defaults() {
+    return {.block_count = 16,
+            .block_tokens = 4,
+            .slot_count = 4,
+            .max_step_rows = 16,
+            .max_chunk_rows = 8,
+            .max_positions = 40,
+            .max_waiting = 4};
   }
 
- private:
-  uint64_t& At(const std::vector<int32_t>& table, int32_t position) {
-    return cache_.at(table.at(position / kBlockTokens) * kBlockTokens + position % kBlockTokens);
+  void Start(const SchedulerOptions& options) { scheduler_ = std::make_unique<Scheduler>(options); }
+
+  absl::Status TryAdmit(uint64_t id, std::vector<int32_t> tokens, int32_t priority = 0, bool needs_all_logits = false) {
+    return scheduler_->Admit({.id = SequenceId{id},
+                              .tokens = std::move(tokens),
+                              .priority = priority,
+                              .needs_all_logits = needs_all_logits});
   }
-  std::vector<std::vector<int32_t>> tables_;
-  std::vector<uint64_t> cache_;
-};
 
-int32_t TokenFrom(uint64_t hash) { return static_cast<int32_t>(hash % 5); }
-
-std::vector<int32_t> Oracle(std::vector<int32_t> tokens, size_t length) {
-  uint64_t hash = 1;
-  for (const int32_t token : tokens) hash = Mix(hash, token);
-  while (tokens.size() < length) {
-    tokens.push_back(TokenFrom(hash));
-    hash = Mix(hash, tokens.back());
+  // Tokens 100 * id, 100 * id + 1, …: different sequences share nothing.
+  void Admit(uint64_t id, int32_t count, int32_t priority = 0) {
+    ASSERT_TRUE(TryAdmit(id, Tokens(static_cast<int32_t>(id), count), priority).ok());
   }
-  return tokens;
-}
 
-struct Live {
-  std::vector<int32_t> prompt, tokens;
-  size_t length = 0;
-};
+  static std::vector<int32_t> Tokens(int32_t id, int32_t count) {
+    std::vector<int32_t> tokens(count);
+    std::iota(tokens.begin(), tokens.end(), 100 * id);
+    return tokens;
+  }
 
-// One seed: random pool, limits and arrivals with shared prefixes, cancels and forced preemptions; every sequence must equal
-// its oracle and every block come back.
-void Simulate(uint64_t seed) {
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937_64 random(seed);
-  const auto below = [&](int n) { return static_cast<int>(random() % n); };
-  SchedulerOptions options;
-  options.block_tokens = kBlockTokens;
-  options.block_count = 6 + below(30);
-  options.slot_count = 1 + below(6);
-  options.max_step_rows = options.slot_count + below(20);
-  options.max_chunk_rows = 1 + below(12);
-  options.max_positions = std::min(options.block_count * kBlockTokens, 16 + below(60));
-  options.has_prefix_cache = below(4) != 0;
-  Scheduler scheduler(options);
-  SimulatedRank rank(options.slot_count, options.block_count);
-  std::map<SequenceId, Live> live;
-  uint64_t next_id = 1;
-  int finished = 0;
-  for (int turn = 0; turn < 400 && (turn < 120 || !live.empty()); ++turn) {
-    while (turn < 120 && below(3) == 0 && live.size() < 12) {
-      Live sequence;
-      const int prompt = 1 + below(options.max_positions - 1);
-      for (int i = 0; i < prompt; ++i) sequence.prompt.push_back(i < 9 ? i : below(2));
-      sequence.length = prompt + 1 + below(options.max_positions - prompt);
-      sequence.tokens = sequence.prompt;
-      const SequenceId id{next_id++};
-      ASSERT_EQ(scheduler.Admit({.id = id,
-                                 .tokens = sequence.prompt,
-                                 .max_tokens = static_cast<int32_t>(sequence.length),
-                                 .priority = below(3) - 1,
-                                 .needs_all_logits = below(8) == 0}),
-                absl::OkStatus());
-      live.emplace(id, std::move(sequence));
-    }
-    if (!live.empty() && below(10) == 0) scheduler.Preempt(std::next(live.begin(), below(live.size()))->first);
-    StepPlan plan;
-    std::vector<Planned> planned;
-    const bool has_step = scheduler.PlanStep(plan, planned);
-    ASSERT_EQ(has_step, !live.empty());
-    scheduler.CheckInvariants();
-    if (!has_step) continue;
-    ASSERT_EQ(planned.size(), plan.segments.size());
-    int rows = 0;
-    std::set<int32_t> slots;
-    for (const StepSegment& segment : plan.segments) {
-      rows += static_cast<int>(segment.tokens.size());
-      ASSERT_TRUE(slots.insert(segment.slot).second);
-    }
-    ASSERT_LE(rows, options.max_step_rows);
-    const std::vector<uint64_t> hashes = rank.Run(plan);
+  std::string Plan() {
+    if (!scheduler_->PlanStep(plan_, planned_)) return "idle";
+    scheduler_->CheckInvariants();
+    std::vector<std::string> words;
+    if (!plan_.cleared_slots.empty()) words.push_back(absl::StrCat("clear ", absl::StrJoin(plan_.cleared_slots, " ")));
+    for (size_t s = 0; s < plan_.segments.size(); ++s) words.push_back(Describe(planned_[s], plan_.segments[s]));
+    return absl::StrJoin(words, "; ");
+  }
+
+  static std::string Describe(const Planned& planned, const StepSegment& segment) {
+    const auto end = segment.first_position + segment.tokens.size();
+    std::string words = absl::StrCat(static_cast<uint64_t>(planned.id), "[", segment.first_position, ",", end, ")");
+    if (planned.is_first && planned.cached_tokens > 0) absl::StrAppend(&words, " cached ", planned.cached_tokens);
+    if (!segment.new_blocks.empty()) absl::StrAppend(&words, " blocks ", absl::StrJoin(segment.new_blocks, " "));
+    if (segment.logits == LogitsNeed::kAll) absl::StrAppend(&words, " all logits");
+    EXPECT_EQ(planned.produces_token, segment.logits != LogitsNeed::kNone && words.find("all") == std::string::npos)
+        << words;
+    if (segment.logits == LogitsNeed::kLast) absl::StrAppend(&words, " token");
+    return words;
+  }
+
+  // Token `token` for every sequence that produced one.
+  void Complete(int32_t token = 7) {
     std::vector<Scheduler::Token> tokens;
-    std::vector<SequenceId> done;
-    for (const Planned& part : planned) {
-      Live& sequence = live.at(part.id);
-      const StepSegment& segment = plan.segments[part.segment];
-      const size_t end = segment.first_position + segment.tokens.size();
-      ASSERT_EQ(part.produces_token, end == sequence.tokens.size());
-      if (!part.produces_token) continue;
-      ASSERT_NE(segment.logits, LogitsNeed::kNone);
-      const int32_t token = TokenFrom(hashes[part.segment]);
-      sequence.tokens.push_back(token);
-      tokens.push_back({part.id, token});
-      if (sequence.tokens.size() == sequence.length) done.push_back(part.id);
+    for (const Planned& planned : planned_) {
+      if (planned.produces_token) tokens.push_back({planned.id, token});
     }
-    if (below(12) == 0) done.push_back(std::next(live.begin(), below(live.size()))->first);
-    const bool removes_first = below(2) == 0;
-    if (!removes_first) scheduler.CompleteStep(tokens);
-    for (const SequenceId id : done) scheduler.Remove(id);
-    if (removes_first) scheduler.CompleteStep(tokens);
-    scheduler.CheckInvariants();
-    for (const SequenceId id : done) {
-      const auto found = live.find(id);
-      if (found == live.end()) continue;
-      ASSERT_EQ(found->second.tokens, Oracle(found->second.prompt, found->second.tokens.size()));
-      live.erase(found);
-      ++finished;
-    }
+    scheduler_->CompleteStep(tokens);
+    scheduler_->CheckInvariants();
   }
-  EXPECT_TRUE(live.empty()) << live.size() << " sequences did not end";
-  EXPECT_GT(finished, 0);
-  EXPECT_EQ(scheduler.load().blocks_free, options.block_count);
-}
 
-TEST(SchedulerTest, RandomRunsEqualTheirOracle) {
-  for (uint64_t seed = 1; seed <= 2000 && !HasFatalFailure(); ++seed) Simulate(seed);
-}
-
-SchedulerOptions SmallOptions() {
-  return {.block_count = 8, .block_tokens = kBlockTokens, .slot_count = 4, .max_step_rows = 8, .max_chunk_rows = 6, .max_positions = 32};
-}
-
-std::vector<int32_t> Tokens(int count) {
-  std::vector<int32_t> tokens(count);
-  for (int i = 0; i < count; ++i) tokens[i] = i;
-  return tokens;
-}
-
-TEST(SchedulerTest, PromptsAreChunkedAndDecodersAlwaysHaveTheirRow) {
-  Scheduler scheduler(SmallOptions());
-  ASSERT_EQ(scheduler.Admit({.id = SequenceId{1}, .tokens = Tokens(3), .max_tokens = 8}), absl::OkStatus());
-  StepPlan plan;
-  std::vector<Planned> planned;
-  ASSERT_TRUE(scheduler.PlanStep(plan, planned));
-  EXPECT_EQ(plan.segments[0].logits, LogitsNeed::kLast);
-  const Scheduler::Token token{SequenceId{1}, 42};
-  scheduler.CompleteStep({&token, 1});
-
-  ASSERT_EQ(scheduler.Admit({.id = SequenceId{2}, .tokens = Tokens(15), .max_tokens = 16}), absl::OkStatus());
-  ASSERT_TRUE(scheduler.PlanStep(plan, planned));
-  ASSERT_EQ(plan.segments.size(), 2u);
-  EXPECT_EQ(plan.segments[0].tokens, std::vector<int32_t>{42});
-  EXPECT_EQ(plan.segments[0].first_position, 3);
-  EXPECT_EQ(plan.segments[1].tokens.size(), 6u);
-  EXPECT_EQ(plan.segments[1].logits, LogitsNeed::kNone);
-  EXPECT_FALSE(planned[1].produces_token);
-}
-
-TEST(SchedulerTest, SharesAPublishedPrefixButNeverAllOfAPrompt) {
-  Scheduler scheduler(SmallOptions());
-  StepPlan plan;
-  std::vector<Planned> planned;
-  for (const uint64_t id : {1, 2}) {
-    ASSERT_EQ(scheduler.Admit({.id = SequenceId{id}, .tokens = Tokens(8), .max_tokens = 12}), absl::OkStatus());
-    for (int step = 0; step < 2; ++step) {
-      ASSERT_TRUE(scheduler.PlanStep(plan, planned));
-      if (id == 2 && step == 0) {
-        EXPECT_EQ(planned[0].cached_tokens, 4);
-        EXPECT_EQ(plan.segments[0].first_position, 4);
-        EXPECT_EQ(plan.segments[0].new_blocks.size(), 2u);
-      }
-      scheduler.CompleteStep({});
-      if (planned[0].produces_token) break;
-    }
-    scheduler.Remove(SequenceId{id});
+  std::string Step() {
+    std::string words = Plan();
+    if (words != "idle") Complete();
+    return words;
   }
-  EXPECT_EQ(scheduler.load().cached_tokens, 4);
+
+  void Remove(uint64_t id) {
+    scheduler_->Remove(SequenceId{id});
+    scheduler_->CheckInvariants();
+  }
+
+  std::unique_ptr<Scheduler> scheduler_;
+  StepPlan plan_;
+  std::vector<Planned> planned_;
+};
+
+TEST_F(SchedulerTest, OneSequenceFromPromptToEnd) {
+  Start(Defaults());
+  Admit(1, 6);
+  EXPECT_EQ(Step(), "1[0,6) blocks 0 1 token");
+  EXPECT_EQ(Step(), "1[6,7) token");
+  EXPECT_EQ(Step(), "1[7,8) token");
+  EXPECT_EQ(Step(), "1[8,9) blocks 2 token");
+  Remove(1);
+  EXPECT_EQ(Step(), "idle");
+  EXPECT_EQ(scheduler_->load().blocks_free, 16);
 }
 
-TEST(SchedulerTest, AHigherPriorityTakesTheRoomOfALowerOne) {
-  SchedulerOptions options = SmallOptions();
-  options.slot_count = 1;
-  Scheduler scheduler(options);
+TEST_F(SchedulerTest, DecodesComeFirstAndPromptsShareTheRestInChunks) {
+  SchedulerOptions options = Defaults();
+  options.max_step_rows = 10;
+  Start(options);
+  Admit(1, 1);
+  EXPECT_EQ(Step(), "1[0,1) blocks 0 token");
+  Admit(2, 12);
+  Admit(3, 6);
+  EXPECT_EQ(Step(), "1[1,2) token; 2[0,8) blocks 1 2; 3[0,1) blocks 3") << "8 rows are the largest chunk, 10 a step's";
+  EXPECT_EQ(Step(), "1[2,3) token; 2[8,12) blocks 4 token; 3[1,6) blocks 5 token");
+  EXPECT_EQ(Step(), "1[3,4) token; 2[12,13) blocks 6 token; 3[6,7) token");
+}
+
+TEST_F(SchedulerTest, ManyDecodesLeaveARowForPrompts) {
+  SchedulerOptions options = Defaults();
+  options.max_step_rows = 3;
+  Start(options);
+  for (int32_t id = 1; id <= 3; ++id) Admit(id, 2);
+  EXPECT_EQ(Step(), "1[0,2) blocks 0 token; 2[0,1) blocks 1");
+  EXPECT_EQ(Step(), "1[2,3) token; 2[1,2) token");
+  EXPECT_EQ(Step(), "1[3,4) token; 2[2,3) token") << "three rows serve two sequences, though four slots exist";
+  Admit(4, 9, /*priority=*/1);
+  EXPECT_EQ(Step(), "clear 1; 4[0,2) blocks 1; 1[4,5) blocks 2 token") << "so the first in line is never kept out";
+}
+
+TEST_F(SchedulerTest, AllLogitsOfThePromptAreAskedInEveryChunk) {
+  Start(Defaults());
+  ASSERT_TRUE(TryAdmit(1, Tokens(1, 9), 0, /*needs_all_logits=*/true).ok());
+  ASSERT_TRUE(scheduler_->PlanStep(plan_, planned_));
+  EXPECT_EQ(plan_.segments[0].logits, LogitsNeed::kAll);
+  EXPECT_FALSE(planned_[0].produces_token);
+  Complete();
+  ASSERT_TRUE(scheduler_->PlanStep(plan_, planned_));
+  EXPECT_EQ(plan_.segments[0].logits, LogitsNeed::kAll);
+  EXPECT_TRUE(planned_[0].produces_token);
+  Complete();
+  EXPECT_EQ(Step(), "1[9,10) token");
+}
+
+TEST_F(SchedulerTest, SharesAPrefixButComputesTheLastToken) {
+  Start(Defaults());
+  Admit(1, 8);
+  Step();
+  EXPECT_EQ(scheduler_->load().cached_tokens, 0);
+  ASSERT_TRUE(TryAdmit(2, Tokens(1, 8)).ok());
+  EXPECT_EQ(Step(), "1[8,9) blocks 2 token; 2[4,8) cached 4 blocks 0 3 token");
+  EXPECT_EQ(scheduler_->load().cached_tokens, 4);
+  Remove(1);
+  Remove(2);
+  EXPECT_EQ(scheduler_->load().blocks_cached, 2) << "block 3 became equal to block 1 and went back";
+  ASSERT_TRUE(TryAdmit(3, Tokens(1, 9)).ok());
+  EXPECT_THAT(Step(), HasSubstr("3[8,9) cached 8 blocks 0 1 "));
+}
+
+TEST_F(SchedulerTest, AllLogitsReadNoCachedPrefix) {
+  Start(Defaults());
+  Admit(1, 9);
+  Step();
+  ASSERT_TRUE(TryAdmit(2, Tokens(1, 9), 0, /*needs_all_logits=*/true).ok());
+  EXPECT_THAT(Plan(), HasSubstr("2[0,8) blocks 3 4 all logits"));
+}
+
+TEST_F(SchedulerTest, WithoutAPrefixCacheNothingIsShared) {
+  SchedulerOptions options = Defaults();
+  options.has_prefix_cache = false;
+  Start(options);
+  Admit(1, 9);
+  Step();
+  Remove(1);
+  EXPECT_EQ(scheduler_->load().blocks_cached, 0);
+  ASSERT_TRUE(TryAdmit(2, Tokens(1, 9)).ok());
+  EXPECT_THAT(Step(), HasSubstr("2[0,8)"));
+}
+
+TEST_F(SchedulerTest, GeneratedTokensAreSharedToo) {
+  Start(Defaults());
+  Admit(1, 2);
+  for (int step = 0; step < 4; ++step) Step();  // positions 0 to 4: 100 101 7 7 7
+  Remove(1);
+  ASSERT_TRUE(TryAdmit(2, {100, 101, 7, 7, 9}).ok());
+  EXPECT_THAT(Step(), HasSubstr("2[4,5) cached 4 blocks 0 "));
+}
+
+TEST_F(SchedulerTest, EqualPromptsOfOneStepEndUpInTheSameBlocks) {
+  Start(Defaults());
+  Admit(1, 6);
+  ASSERT_TRUE(TryAdmit(2, Tokens(1, 6)).ok());
+  EXPECT_EQ(Step(), "1[0,6) blocks 0 1 token; 2[0,6) blocks 2 3 token");
+  EXPECT_EQ(scheduler_->load().blocks_free, 13);
+  EXPECT_EQ(Step(), "clear 1; 1[6,7) token; 2[6,7) blocks 0 3 token")
+      << "block 2 equalled block 0: the table comes anew";
+}
+
+TEST_F(SchedulerTest, WhenMemoryRunsOutTheLatestArrivalIsPreemptedAndComesBackInItsPlace) {
+  SchedulerOptions options = Defaults();
+  options.block_count = 6;
+  options.max_positions = 24;
+  options.has_prefix_cache = false;
+  Start(options);
+  Admit(1, 7);
+  Admit(2, 3);
+  EXPECT_EQ(Step(), "1[0,7) blocks 0 1 token; 2[0,3) blocks 2 token");
+  Admit(3, 12);
+  EXPECT_EQ(Step(), "1[7,8) token; 2[3,4) token")
+      << "3 needs three blocks, and the others one each for what comes next";
+  EXPECT_EQ(Step(), "1[8,9) blocks 3 token; 2[4,5) blocks 4 token");
+  for (int step = 0; step < 3; ++step) Step();
+  EXPECT_EQ(Step(), "1[12,13) blocks 5 token") << "the last block; 2 keeps what it has and pauses";
+  for (int step = 0; step < 3; ++step) Step();
+  EXPECT_EQ(scheduler_->load().preemptions, 0);
+  EXPECT_EQ(Step(), "clear 1; 1[16,17) blocks 2 token");
+  EXPECT_EQ(scheduler_->load().preemptions, 1);
+  Remove(1);
+  EXPECT_EQ(Step(), "clear 0; 2[0,8) blocks 0 1") << "before 3, with the six tokens it has produced";
+  EXPECT_EQ(Step(), "2[8,9) blocks 3 token");
+}
+
+TEST_F(SchedulerTest, AdmitRefusesWhatCanNeverRun) {
+  SchedulerOptions options = Defaults();
+  options.block_count = 8;
+  Start(options);
+  EXPECT_EQ(TryAdmit(1, {}).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(TryAdmit(1, Tokens(1, 41)).code(), absl::StatusCode::kInvalidArgument);
+  const absl::Status too_long = TryAdmit(1, Tokens(1, 4));
+  EXPECT_EQ(too_long.code(), absl::StatusCode::kInvalidArgument) << "it may grow to 40 tokens, 10 blocks";
+  EXPECT_THAT(std::string(too_long.message()), HasSubstr("up to 40 tokens does not fit a KV cache of 8 blocks of 4"));
+  EXPECT_TRUE(scheduler_->Admit({.id = SequenceId{1}, .tokens = Tokens(1, 4), .max_tokens = 32}).ok());
+  EXPECT_EQ(scheduler_->Admit({.id = SequenceId{1}, .tokens = Tokens(1, 4), .max_tokens = 32}).code(),
+            absl::StatusCode::kAlreadyExists);
+  for (uint64_t id = 2; id <= 4; ++id) {
+    EXPECT_TRUE(scheduler_->Admit({.id = SequenceId{id}, .tokens = {1}, .max_tokens = 32}).ok());
+  }
+  EXPECT_EQ(scheduler_->Admit({.id = SequenceId{5}, .tokens = {1}, .max_tokens = 32}).code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
+TEST_F(SchedulerTest, HigherPrioritiesGoFirstAndTakeSlotsFromLowerOnes) {
+  SchedulerOptions options = Defaults();
+  options.slot_count = 2;
+  Start(options);
+  Admit(1, 2, /*priority=*/0);
+  Admit(2, 2, /*priority=*/1);
+  Admit(3, 2, /*priority=*/1);
+  EXPECT_EQ(Step(), "2[0,2) blocks 0 token; 3[0,2) blocks 1 token");
+  Admit(4, 2, /*priority=*/1);
+  EXPECT_EQ(Step(), "2[2,3) token; 3[2,3) token") << "an equal priority waits";
+  Admit(5, 2, /*priority=*/2);
+  EXPECT_EQ(Step(), "clear 1; 5[0,2) blocks 1 token; 2[3,4) token");
+  Remove(5);
+  EXPECT_EQ(Step(), "clear 1; 2[4,5) blocks 1 token; 3[0,4) blocks 2 token")
+      << "3 came before 4, and knows four tokens";
+  EXPECT_EQ(scheduler_->load().preemptions, 1);
+}
+
+TEST_F(SchedulerTest, RemoveBetweenPlanAndCompletionIsFinal) {
+  Start(Defaults());
+  Admit(1, 4);
+  Admit(2, 4);
+  EXPECT_EQ(Plan(), "1[0,4) blocks 0 token; 2[0,4) blocks 1 token");
+  Remove(1);
+  Remove(1);
+  Admit(1, 8);  // the same id again is another sequence: the step's token is not for it
+  Complete();
+  EXPECT_EQ(Step(), "clear 0; 2[4,5) blocks 0 token; 1[0,8) blocks 2 3 token");
+}
+
+TEST_F(SchedulerTest, SlotsToClearWaitForTheNextPlan) {
+  Start(Defaults());
+  Admit(1, 2);
+  Step();
+  Remove(1);
+  EXPECT_EQ(Step(), "idle");
+  EXPECT_TRUE(plan_.cleared_slots.empty());
+  Admit(2, 2);
+  EXPECT_EQ(Step(), "clear 0; 2[0,2) blocks 0 token");
+}
+
+TEST_F(SchedulerTest, PreemptedOnDemandItComputesAllItKnowsAgain) {
+  Start(Defaults());
+  Admit(1, 3);
+  Step();
+  Step();
+  Step();  // 3 + 3 tokens known, 5 computed: one full block
+  scheduler_->Preempt(SequenceId{1});
+  EXPECT_EQ(Step(), "clear 0; 1[4,6) cached 4 blocks 0 1 token");
+}
+
+TEST_F(SchedulerTest, AnEqualLaterSequenceNeverOvertakesTheFirstThatWaits) {
+  SchedulerOptions options = Defaults();
+  options.block_count = 10;
+  Start(options);
+  Admit(1, 20);
+  Step();
+  Admit(2, 20);
+  Admit(3, 1);
+  EXPECT_EQ(Step(), "1[8,16) blocks 2 3") << "2 lacks room, and 3 stays behind it";
+}
+
+TEST_F(SchedulerTest, SharingWhatAnotherHoldsMakesRoom) {
+  SchedulerOptions options = Defaults();
+  options.block_count = 8;
+  options.max_positions = 32;
+  Start(options);
+  Admit(1, 20);
+  for (int step = 0; step < 3; ++step) Step();
+  EXPECT_EQ(scheduler_->load().blocks_free, 3);
+  std::vector<int32_t> tokens = Tokens(1, 16);
+  tokens.resize(20, 9);
+  ASSERT_TRUE(TryAdmit(2, tokens).ok());
+  EXPECT_EQ(Step(), "1[20,21) blocks 5 token; 2[16,20) cached 16 blocks 0 1 2 3 6 token")
+      << "five blocks, one of its own";
+}
+
+TEST_F(SchedulerTest, SharingWhatNobodyHoldsMakesNoRoom) {
+  SchedulerOptions options = Defaults();
+  options.block_count = 8;
+  options.max_positions = 32;
+  Start(options);
+  Admit(1, 20);
+  for (int step = 0; step < 3; ++step) Step();
+  Remove(1);
+  Admit(2, 8);
+  Step();
+  EXPECT_EQ(scheduler_->load().blocks_free, 6);
+  EXPECT_EQ(scheduler_->load().blocks_cached, 5);
+  ASSERT_TRUE(TryAdmit(3, Tokens(1, 20)).ok());
+  EXPECT_EQ(Step(), "2[8,9) blocks 7 token") << "3 needs five of the six, and 2 this one and a next";
+  Remove(2);
+  EXPECT_THAT(Step(), HasSubstr("3[16,20) cached 16 blocks 0 1 2 3 "));
+}
+
+TEST_F(SchedulerTest, OldPrefixesAreEvictedForNewWork) {
+  SchedulerOptions options = Defaults();
+  options.block_count = 4;
+  options.max_positions = 16;
+  Start(options);
+  Admit(1, 8);
+  Step();
+  Remove(1);
+  EXPECT_EQ(scheduler_->load().blocks_cached, 2);
+  EXPECT_EQ(scheduler_->load().blocks_free, 4);
+  Admit(2, 12);
+  EXPECT_EQ(Step(), "clear 0; 2[0,8) blocks 2 3");
+  EXPECT_EQ(Step(), "2[8,12) blocks 1 token") << "the tail of sequence 1's prefix goes before its head";
+  ASSERT_TRUE(TryAdmit(3, Tokens(1, 5)).ok());
+  Remove(2);
+  EXPECT_THAT(Step(), HasSubstr("3[4,5) cached 4 blocks 0 "));
+}
+
+using SchedulerDeathTest = SchedulerTest;
+
+TEST_F(SchedulerDeathTest, RefusesMisuse) {
+  Start(Defaults());
+  Admit(1, 4);
+  EXPECT_DEATH(scheduler_->CompleteStep({}), "CompleteStep without PlanStep");
+  ASSERT_NE(Plan(), "idle");
+  EXPECT_DEATH(Plan(), "PlanStep before CompleteStep");
+  scheduler_->CompleteStep({});
+  EXPECT_DEATH(Plan(), "sequence 1 was neither given its token nor removed");
+}
+
+TEST(SchedulerSpeed, ADecodeStepOf64SequencesBesideALongPromptThatWaits) {
+  Scheduler scheduler({.block_count = 16384, .slot_count = 64, .max_positions = 200000});
+  for (uint64_t id = 1; id <= 64; ++id) {
+    ASSERT_TRUE(
+        scheduler.Admit({.id = SequenceId{id}, .tokens = std::vector<int32_t>(1000, static_cast<int32_t>(id))}).ok());
+  }
+  ASSERT_TRUE(scheduler.Admit({.id = SequenceId{65}, .tokens = std::vector<int32_t>(190000, 1)}).ok());
   StepPlan plan;
   std::vector<Planned> planned;
-  ASSERT_EQ(scheduler.Admit({.id = SequenceId{1}, .tokens = Tokens(2), .max_tokens = 8}), absl::OkStatus());
-  ASSERT_TRUE(scheduler.PlanStep(plan, planned));
-  scheduler.CompleteStep({});
-  ASSERT_EQ(scheduler.Admit({.id = SequenceId{2}, .tokens = Tokens(2), .max_tokens = 8, .priority = 1}), absl::OkStatus());
-  ASSERT_TRUE(scheduler.PlanStep(plan, planned));
-  EXPECT_EQ(planned[0].id, SequenceId{2});
-  EXPECT_EQ(plan.cleared_slots, std::vector<int32_t>{0});
-  EXPECT_EQ(scheduler.load().preemptions, 1);
-}
-
-TEST(SchedulerTest, RefusesWhatCannotRun) {
-  SchedulerOptions options = SmallOptions();
-  options.max_waiting = 1;
-  options.max_positions = 64;
-  Scheduler scheduler(options);
-  EXPECT_TRUE(absl::IsInvalidArgument(scheduler.Admit({.id = SequenceId{1}, .tokens = {}})));
-  EXPECT_TRUE(absl::IsInvalidArgument(scheduler.Admit({.id = SequenceId{1}, .tokens = Tokens(70)})));
-  EXPECT_TRUE(absl::IsInvalidArgument(scheduler.Admit({.id = SequenceId{1}, .tokens = Tokens(4), .max_tokens = 40})));
-  EXPECT_EQ(scheduler.Admit({.id = SequenceId{1}, .tokens = Tokens(4), .max_tokens = 8}), absl::OkStatus());
-  EXPECT_TRUE(absl::IsAlreadyExists(scheduler.Admit({.id = SequenceId{1}, .tokens = Tokens(4), .max_tokens = 8})));
-  EXPECT_TRUE(absl::IsResourceExhausted(scheduler.Admit({.id = SequenceId{2}, .tokens = Tokens(4), .max_tokens = 8})));
+  std::vector<Scheduler::Token> tokens;
+  auto fastest = std::chrono::nanoseconds::max();
+  int32_t decode_steps = 0;
+  while (decode_steps < 200) {
+    const auto begin = std::chrono::steady_clock::now();
+    ASSERT_TRUE(scheduler.PlanStep(plan, planned));
+    tokens.clear();
+    for (const Planned& one : planned) {
+      if (one.produces_token) tokens.push_back({one.id, 5});
+    }
+    scheduler.CompleteStep(tokens);
+    if (tokens.size() < 64) continue;
+    ++decode_steps;
+    fastest = std::min<std::chrono::nanoseconds>(fastest, std::chrono::steady_clock::now() - begin);
+  }
+  RecordProperty("nanoseconds", static_cast<int>(fastest.count()));
+  // About 10 us in an optimised build, 100 with sanitizers; the 12,000 blocks of the prompt that waits would take 500.
+  EXPECT_LT(fastest, std::chrono::microseconds(300));
 }
 
 }  // namespace

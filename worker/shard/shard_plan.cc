@@ -18,7 +18,8 @@ Range Slice(int64_t count, const RankOptions& options) {
 // Boundaries of chunks [first, first + count) of `chunks` over `columns`, relative to the first one's begin.
 std::vector<int64_t> Boundaries(int64_t columns, int first, int count, int chunks) {
   std::vector<int64_t> boundaries;
-  for (int c = first; c <= first + count; ++c) boundaries.push_back(Cut(columns, c, chunks) - Cut(columns, first, chunks));
+  for (int c = first; c <= first + count; ++c)
+    boundaries.push_back(Cut(columns, c, chunks) - Cut(columns, first, chunks));
   return boundaries;
 }
 

@@ -36,9 +36,10 @@ struct ShardPlan {
   Range kv_heads;      // the KV heads those query heads read; shared with other ranks when world_size > n_kv_heads
   Range intermediate;  // rows of gate and up, columns of down
   Range vocab;         // rows of the output matrix
-  // Chunk boundaries, relative to the rank's own columns, in which wo and w2 are summed (kernels::SumTree). The whole model has
-  // SumChunks(dims) chunks cut at floor(c * K / chunks) over wo's heads and w2's columns; a rank of a power-of-two world_size ≤
-  // chunks owns chunks / world_size of them. Other world sizes sum one chunk per rank and promise no equality with TP = 1.
+  // Chunk boundaries, relative to the rank's own columns, in which wo and w2 are summed (kernels::SumTree). The whole
+  // model has SumChunks(dims) chunks cut at floor(c * K / chunks) over wo's heads and w2's columns; a rank of a
+  // power-of-two world_size ≤ chunks owns chunks / world_size of them. Other world sizes sum one chunk per rank and
+  // promise no equality with TP = 1.
   std::vector<int64_t> wo_boundaries;
   std::vector<int64_t> w2_boundaries;
 };

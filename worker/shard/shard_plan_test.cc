@@ -34,7 +34,8 @@ TEST(ShardPlanTest, ChunksOfAllRanksAreThoseOfOne) {
     for (int rank = 0; rank < world; ++rank) {
       const auto plan = *PlanShard(kStories, {.rank = rank, .world_size = world});
       for (size_t c = 1; c < plan.wo_boundaries.size(); ++c) wo.push_back(plan.heads.begin * 8 + plan.wo_boundaries[c]);
-      for (size_t c = 1; c < plan.w2_boundaries.size(); ++c) w2.push_back(plan.intermediate.begin + plan.w2_boundaries[c]);
+      for (size_t c = 1; c < plan.w2_boundaries.size(); ++c)
+        w2.push_back(plan.intermediate.begin + plan.w2_boundaries[c]);
     }
     EXPECT_EQ(wo, whole.wo_boundaries) << "tp " << world;
     EXPECT_EQ(w2, whole.w2_boundaries) << "tp " << world;

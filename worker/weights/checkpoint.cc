@@ -254,8 +254,8 @@ class HuggingFaceCheckpoint : public Checkpoint {
     if (found == tensors_.end()) return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " is missing"));
     const StoredTensor& tensor = found->second;
     if (tensor.shape != shape) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("tensor ", name, " is ", json(tensor.shape).dump(), ", the configuration asks for ", json(shape).dump()));
+      return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " is ", json(tensor.shape).dump(),
+                                                     ", the configuration asks for ", json(shape).dump()));
     }
     RW_ASSIGN_OR_RETURN(const DType dtype, FloatDType(name, tensor));
     // A vector becomes a column: n rows of one element.

@@ -11,8 +11,8 @@
 
 namespace rankwise::weights {
 
-// What one rank needs of one decoder layer. Matrices are [n_out, n_in], views into the checkpoint; stacked views are row blocks
-// in order. Vectors are f32 copies; an empty one means the model has none.
+// What one rank needs of one decoder layer. Matrices are [n_out, n_in], views into the checkpoint; stacked views are
+// row blocks in order. Vectors are f32 copies; an empty one means the model has none.
 struct LayerWeights {
   std::vector<float> attention_norm, mlp_norm;  // [hidden]
   std::vector<kernels::MatrixView> qkv;         // Q of the rank's heads, then K, then V of its KV heads; n_in = hidden
@@ -27,22 +27,22 @@ struct LayerWeights {
 };
 
 struct OuterWeights {
-  kernels::MatrixView embedding;          // [vocab, hidden], whole: rows are read where they lie
-  std::vector<float> final_norm;          // [hidden]
-  kernels::MatrixView output;             // [vocab_local, hidden]
+  kernels::MatrixView embedding;  // [vocab, hidden], whole: rows are read where they lie
+  std::vector<float> final_norm;  // [hidden]
+  kernels::MatrixView output;     // [vocab_local, hidden]
 };
 
-// A model folder (config.json + model.safetensors, or model.safetensors.index.json with its files), mapped and validated:
-// every tensor that the configuration asks for is there, once, with the right shape and a dtype we know, inside its file.
-// Owns the mappings; views borrow from it.
+// A model folder (config.json + model.safetensors, or model.safetensors.index.json with its files), mapped and
+// validated: every tensor that the configuration asks for is there, once, with the right shape and a dtype we know,
+// inside its file. Owns the mappings; views borrow from it.
 class Checkpoint {
  public:
   virtual ~Checkpoint() = default;
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& model_dir);
 
   virtual const ModelConfig& config() const = 0;
-  // 16 hex digits: config, and name, dtype, shape and content sample of every tensor. The same model has the same one on
-  // every host.
+  // 16 hex digits: config, and name, dtype, shape and content sample of every tensor. The same model has the same one
+  // on every host.
   virtual const std::string& fingerprint() const = 0;
   virtual LayerWeights Layer(int layer, const shard::ShardPlan& plan) const = 0;
   virtual OuterWeights Outer(const shard::ShardPlan& plan) const = 0;

@@ -73,7 +73,7 @@ struct Family {
   const char* model_type;
   const char* qkv_bias_key;  // null: never
   bool qkv_bias_default;
-  const char* o_bias_key;    // null: never
+  const char* o_bias_key;  // null: never
   bool has_qk_norm;
   bool has_fused_qkv;
   bool reads_sliding_window;
@@ -103,9 +103,9 @@ absl::Status ReadRope(Reader& root, const ModelConfig& config, RopeConfig& rope)
   rope.rotary_dim = static_cast<int>(config.head_dim * partial) / 2 * 2;
   if (rope.rotary_dim < 2) return absl::InvalidArgumentError(absl::StrCat("partial_rotary_factor=", partial));
   const std::string type = scaling.Text("rope_type", scaling.Text("type", "default"));
-  rope.original_max_position = scaling.Int("original_max_position_embeddings",
-                                           root.Int("original_max_position_embeddings", config.max_position, 1, 1 << 28),
-                                           1, 1 << 28);
+  rope.original_max_position =
+      scaling.Int("original_max_position_embeddings",
+                  root.Int("original_max_position_embeddings", config.max_position, 1, 1 << 28), 1, 1 << 28);
   rope.factor = scaling.Number("factor", 1, 1e-3, 1e6);
   if (type == "default") {
     rope.scaling = RopeConfig::Scaling::kNone;
@@ -126,7 +126,8 @@ absl::Status ReadRope(Reader& root, const ModelConfig& config, RopeConfig& rope)
     rope.mscale_all_dim = scaling.Number("mscale_all_dim", 0, 0, 1e3);
     rope.attention_factor = scaling.Number("attention_factor", 0, 0, 1e3);
   } else {
-    return absl::UnimplementedError(absl::StrCat("rope type ", type, " is not one of default, linear, dynamic, llama3, yarn"));
+    return absl::UnimplementedError(
+        absl::StrCat("rope type ", type, " is not one of default, linear, dynamic, llama3, yarn"));
   }
   return scaling.status();
 }
@@ -152,7 +153,8 @@ absl::Status ReadEos(const json& object, const ModelConfig& config, std::vector<
   std::vector<int32_t> read;
   for (const json& id : list) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= config.vocab_size) {
-      return absl::InvalidArgumentError(absl::StrCat("eos_token_id=", value.dump(), " is outside the vocabulary of ", config.vocab_size));
+      return absl::InvalidArgumentError(
+          absl::StrCat("eos_token_id=", value.dump(), " is outside the vocabulary of ", config.vocab_size));
     }
     read.push_back(id.get<int32_t>());
   }
@@ -204,7 +206,8 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& config_json) {
   RW_RETURN_IF_ERROR(root.status());
   config.head_dim = static_cast<int>(root.Int("head_dim", config.hidden_size / config.n_heads, 1, 1024));
   if (config.n_heads % config.n_kv_heads != 0) {
-    root.Fail(absl::StrCat("num_key_value_heads=", config.n_kv_heads, " does not divide num_attention_heads=", config.n_heads));
+    root.Fail(absl::StrCat("num_key_value_heads=", config.n_kv_heads,
+                           " does not divide num_attention_heads=", config.n_heads));
   }
   if (config.head_dim % 2 != 0) root.Fail(absl::StrCat("head_dim=", config.head_dim, " is odd"));
   config.rms_norm_eps = static_cast<float>(root.Number("rms_norm_eps", 1e-6, 0, 1));

@@ -16,14 +16,15 @@ struct RopeConfig {
   Scaling scaling = Scaling::kNone;
   double factor = 1;
   int64_t original_max_position = 0;
-  double low_freq_factor = 1, high_freq_factor = 4;                       // llama3
-  double beta_fast = 32, beta_slow = 1, mscale = 0, mscale_all_dim = 0;   // yarn
-  double attention_factor = 0;                                            // yarn; 0: derived from factor
+  double low_freq_factor = 1, high_freq_factor = 4;                      // llama3
+  double beta_fast = 32, beta_slow = 1, mscale = 0, mscale_all_dim = 0;  // yarn
+  double attention_factor = 0;                                           // yarn; 0: derived from factor
 };
 
-// One decoder, described by data: everything in which Llama 1/2/3, InternLM, InternLM2, Mistral, Qwen2/2.5 and Qwen3 differ.
+// One decoder, described by data: everything in which Llama 1/2/3, InternLM, InternLM2, Mistral, Qwen2/2.5 and Qwen3
+// differ.
 struct ModelConfig {
-  std::string model_type;    // as in config.json: "llama", "internlm", "internlm2", "mistral", "qwen2", "qwen3"
+  std::string model_type;  // as in config.json: "llama", "internlm", "internlm2", "mistral", "qwen2", "qwen3"
   int64_t hidden_size = 0;
   int n_layers = 0;
   int n_heads = 0;
@@ -47,9 +48,9 @@ struct ModelConfig {
   shard::Dims dims() const;
 };
 
-// Reads and validates config.json (and generation_config.json for the end-of-sequence ids). Unknown architectures, absurd or
-// contradictory sizes and unsupported settings (activation, RoPE type) are InvalidArgument or Unimplemented naming key and
-// value; missing files NotFound.
+// Reads and validates config.json (and generation_config.json for the end-of-sequence ids). Unknown architectures,
+// absurd or contradictory sizes and unsupported settings (activation, RoPE type) are InvalidArgument or Unimplemented
+// naming key and value; missing files NotFound.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
 absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& config_json);
 

@@ -105,7 +105,9 @@ class TensorList {
     tensors_.push_back({{name + ".weight", dtype_, {rows, cols}}, 0, deviation});
     if (has_bias) tensors_.push_back({{name + ".bias", dtype_, {rows}}, 0, 0.1});
   }
-  void Norm(const std::string& name, int64_t width) { tensors_.push_back({{name + ".weight", dtype_, {width}}, 1, 0.05}); }
+  void Norm(const std::string& name, int64_t width) {
+    tensors_.push_back({{name + ".weight", dtype_, {width}}, 1, 0.05});
+  }
 
   const std::string dtype_;
   std::vector<Tensor> tensors_;
@@ -180,8 +182,9 @@ absl::Status WriteRandomModel(const std::string& folder, const RandomModelSpec& 
   const size_t per_file = (list.tensors().size() + spec.file_count - 1) / spec.file_count;
   for (int f = 0; f < spec.file_count; ++f) {
     const size_t begin = f * per_file, end = std::min(list.tensors().size(), begin + per_file);
-    const std::string name =
-        spec.file_count == 1 ? "model.safetensors" : absl::StrFormat("model-%05d-of-%05d.safetensors", f + 1, spec.file_count);
+    const std::string name = spec.file_count == 1
+                                 ? "model.safetensors"
+                                 : absl::StrFormat("model-%05d-of-%05d.safetensors", f + 1, spec.file_count);
     std::vector<TensorHeader> headers;
     for (size_t i = begin; i < end; ++i) {
       headers.push_back(list.tensors()[i].header);
@@ -196,7 +199,8 @@ absl::Status WriteRandomModel(const std::string& folder, const RandomModelSpec& 
         const int64_t count = std::min<int64_t>(left, 1 << 20);
         buffer.resize(count * element_bytes);
         for (int64_t j = 0; j < count; ++j) {
-          std::memcpy(buffer.data() + j * element_bytes, table.data() + (SplitMix(state) >> 48) * element_bytes, element_bytes);
+          std::memcpy(buffer.data() + j * element_bytes, table.data() + (SplitMix(state) >> 48) * element_bytes,
+                      element_bytes);
         }
         file.write(buffer.data(), static_cast<std::streamsize>(buffer.size()));
         left -= count;

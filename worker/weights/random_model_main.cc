@@ -1,9 +1,8 @@
 // Writes a model folder of a given shape with random weights, for benchmarks.
 
+#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <string>
-
-#include <CLI/CLI.hpp>
 
 #include "base/log.h"
 #include "worker/weights/random_model.h"
@@ -16,9 +15,13 @@ int main(int argc, char** argv) {
   int file_count = 1;
   app.add_option("folder", folder, "Folder to write")->required();
   app.add_option("--shape", shape, "tiny, tinyllama-1.1b or llama-7b")->capture_default_str();
-  app.add_option("--dtype", dtype, "Weights: f16, bf16 or f32")->check(CLI::IsMember({"f16", "bf16", "f32"}))->capture_default_str();
+  app.add_option("--dtype", dtype, "Weights: f16, bf16 or f32")
+      ->check(CLI::IsMember({"f16", "bf16", "f32"}))
+      ->capture_default_str();
   app.add_option("--seed", seed, "The same seed gives the same bytes")->capture_default_str();
-  app.add_option("--files", file_count, "Files, with an index when more than one")->check(CLI::Range(1, 64))->capture_default_str();
+  app.add_option("--files", file_count, "Files, with an index when more than one")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   StartLog("random-model");
   auto spec = weights::RandomModelShape(shape);
@@ -30,7 +33,8 @@ int main(int argc, char** argv) {
     int64_t last_tenth = 0;
     status = weights::WriteRandomModel(folder, *spec, [&](int64_t done, int64_t total) {
       if (const int64_t tenth = 10 * done / total; tenth > last_tenth) {
-        std::fprintf(stderr, "%s: %3lld %% of %.2f GB\n", folder.c_str(), static_cast<long long>(10 * tenth), total / 1e9);
+        std::fprintf(stderr, "%s: %3lld %% of %.2f GB\n", folder.c_str(), static_cast<long long>(10 * tenth),
+                     total / 1e9);
         last_tenth = tenth;
       }
     });

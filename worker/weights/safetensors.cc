@@ -62,14 +62,15 @@ absl::StatusOr<StoredTensor> ParseTensor(const json& entry, std::span<const std:
     tensor.shape.push_back(dim.get<int64_t>());
   }
   const json &begin = entry["data_offsets"][0], &end = entry["data_offsets"][1];
-  if (!IsIndex(begin) || !IsIndex(end) || begin.get<uint64_t>() > end.get<uint64_t>() || end.get<uint64_t>() > data.size()) {
+  if (!IsIndex(begin) || !IsIndex(end) || begin.get<uint64_t>() > end.get<uint64_t>() ||
+      end.get<uint64_t>() > data.size()) {
     return absl::InvalidArgumentError(
         absl::StrCat("data_offsets ", entry["data_offsets"].dump(), " lie outside ", data.size(), " bytes of data"));
   }
   tensor.bytes = end.get<int64_t>() - begin.get<int64_t>();
   if (ShapeBytes(tensor.shape, element_bytes) != tensor.bytes) {
-    return absl::InvalidArgumentError(absl::StrCat("shape ", entry["shape"].dump(), " of ", tensor.dtype, " is not ",
-                                                   tensor.bytes, " bytes"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("shape ", entry["shape"].dump(), " of ", tensor.dtype, " is not ", tensor.bytes, " bytes"));
   }
   tensor.data = data.data() + begin.get<uint64_t>();
   return tensor;
@@ -79,7 +80,7 @@ absl::StatusOr<StoredTensor> ParseTensor(const json& entry, std::span<const std:
 
 int64_t SafetensorsDTypeBytes(const std::string& dtype) {
   static const std::map<std::string, int64_t> kBytes = {
-      {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4},     {"I16", 2},     {"I8", 1},
+      {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},  {"I32", 4},     {"I16", 2},    {"I8", 1},
       {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1},   {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
   const auto found = kBytes.find(dtype);
   return found == kBytes.end() ? 0 : found->second;
@@ -102,7 +103,8 @@ absl::Status SafetensorsFile::Parse() {
   std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
   const uint64_t limit = std::min<uint64_t>(bytes.size() - sizeof header_bytes, kMaxHeaderBytes);
   if (header_bytes > limit) {
-    return absl::InvalidArgumentError(absl::StrCat("header of ", header_bytes, " bytes, at most ", limit, " are possible"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("header of ", header_bytes, " bytes, at most ", limit, " are possible"));
   }
   const char* text = reinterpret_cast<const char*>(bytes.data()) + sizeof header_bytes;
   // The parser recurses, so hostile nesting is refused before it.
@@ -113,8 +115,10 @@ absl::Status SafetensorsFile::Parse() {
   }
   HeaderShape shape;
   const json header = json::parse(text, text + header_bytes, std::ref(shape), /*allow_exceptions=*/false);
-  if (!header.is_object() || shape.is_too_deep) return absl::InvalidArgumentError("header is not the JSON of a safetensors file");
-  if (!shape.repeated.empty()) return absl::InvalidArgumentError(absl::StrCat("tensor ", shape.repeated, " appears twice"));
+  if (!header.is_object() || shape.is_too_deep)
+    return absl::InvalidArgumentError("header is not the JSON of a safetensors file");
+  if (!shape.repeated.empty())
+    return absl::InvalidArgumentError(absl::StrCat("tensor ", shape.repeated, " appears twice"));
   const std::span<const std::byte> data = bytes.subspan(sizeof header_bytes + header_bytes);
   std::vector<std::pair<const std::byte*, const std::byte*>> extents;
   for (const auto& [name, entry] : header.items()) {
@@ -139,14 +143,16 @@ absl::Status SafetensorsFile::Parse() {
   return absl::OkStatus();
 }
 
-std::string SafetensorsHeader(const std::vector<TensorHeader>& tensors, const std::map<std::string, std::string>& metadata) {
+std::string SafetensorsHeader(const std::vector<TensorHeader>& tensors,
+                              const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header;
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t offset = 0;
   for (const TensorHeader& tensor : tensors) {
     const int64_t bytes = ShapeBytes(tensor.shape, SafetensorsDTypeBytes(tensor.dtype));
     RW_CHECK(bytes >= 0, tensor.name);
-    header[tensor.name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + bytes}}};
+    header[tensor.name] = {
+        {"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + bytes}}};
     offset += bytes;
   }
   std::string text = header.dump();

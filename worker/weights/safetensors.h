@@ -19,8 +19,8 @@ struct StoredTensor {
   int64_t bytes = 0;
 };
 
-// A .safetensors file, not trusted: u64 header length, JSON header, data. Every tensor lies inside the file, has the bytes its
-// dtype and shape ask for, and overlaps no other.
+// A .safetensors file, not trusted: u64 header length, JSON header, data. Every tensor lies inside the file, has the
+// bytes its dtype and shape ask for, and overlaps no other.
 class SafetensorsFile {
  public:
   // InvalidArgument naming file, tensor and value.
@@ -48,6 +48,7 @@ struct TensorHeader {
   std::string dtype;
   std::vector<int64_t> shape;
 };
-std::string SafetensorsHeader(const std::vector<TensorHeader>& tensors, const std::map<std::string, std::string>& metadata);
+std::string SafetensorsHeader(const std::vector<TensorHeader>& tensors,
+                              const std::map<std::string, std::string>& metadata);
 
 }  // namespace rankwise::weights

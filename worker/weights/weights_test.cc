@@ -19,7 +19,9 @@ namespace fs = std::filesystem;
 
 class WeightsTest : public ::testing::Test {
  protected:
-  WeightsTest() : folder_(::testing::TempDir() + "weights_" + std::to_string(getpid())) { fs::create_directories(folder_); }
+  WeightsTest() : folder_(::testing::TempDir() + "weights_" + std::to_string(getpid())) {
+    fs::create_directories(folder_);
+  }
   ~WeightsTest() override { fs::remove_all(folder_); }
 
   std::string Write(const std::string& name, const std::string& bytes) const {
@@ -73,8 +75,10 @@ TEST_F(WeightsTest, LyingHeadersAreRefusedInWords) {
       {R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", "bad dimension"},
       {R"({"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}})", "bad dimension"},
       {R"({"a":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,0]}})", "is not 0 bytes"},
-      {R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}})", "overlap"},
-      {R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", "twice"},
+      {R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}})",
+       "overlap"},
+      {R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
+       "twice"},
       {R"({"a":7})", "needs dtype"},
       {R"([1,2])", "not the JSON"},
       {R"({"a":)", "not the JSON"},
@@ -98,7 +102,11 @@ TEST_F(WeightsTest, TruncatedAndOversizedFilesAreRefused) {
 }
 
 TEST_F(WeightsTest, MutatedModelsNeverCrash) {
-  ASSERT_EQ(WriteRandomModel(folder_ + "/m", {.hidden_size = 16, .n_layers = 1, .n_heads = 2, .n_kv_heads = 1, .intermediate_size = 8, .vocab_size = 16}), absl::OkStatus());
+  ASSERT_EQ(
+      WriteRandomModel(
+          folder_ + "/m",
+          {.hidden_size = 16, .n_layers = 1, .n_heads = 2, .n_kv_heads = 1, .intermediate_size = 8, .vocab_size = 16}),
+      absl::OkStatus());
   const std::string config = *ReadTextFile(folder_ + "/m/config.json");
   const std::string tensors = *ReadTextFile(folder_ + "/m/model.safetensors");
   uint64_t header_bytes = 0;
@@ -149,9 +157,10 @@ TEST_F(WeightsTest, AbsurdConfigurationsAreRefusedByName) {
 
 TEST_F(WeightsTest, FamiliesFollowTheirRules) {
   const auto parse = [](const std::string& family, const std::string& more) {
-    return *ParseModelConfig(R"({"model_type":")" + family +
-                             R"(","hidden_size":64,"num_hidden_layers":4,"num_attention_heads":8,"intermediate_size":64,"vocab_size":100)" +
-                             more + "}");
+    return *ParseModelConfig(
+        R"({"model_type":")" + family +
+        R"(","hidden_size":64,"num_hidden_layers":4,"num_attention_heads":8,"intermediate_size":64,"vocab_size":100)" +
+        more + "}");
   };
   EXPECT_FALSE(parse("llama", "").has_qkv_bias);
   EXPECT_TRUE(parse("llama", R"(,"attention_bias":true)").has_o_bias);
@@ -166,7 +175,8 @@ TEST_F(WeightsTest, FamiliesFollowTheirRules) {
   EXPECT_EQ(parse("mistral", R"(,"sliding_window":null)").sliding_window, (std::vector<int32_t>{0, 0, 0, 0}));
   EXPECT_EQ(parse("qwen2", R"(,"sliding_window":7,"use_sliding_window":true,"max_window_layers":3)").sliding_window,
             (std::vector<int32_t>{0, 0, 0, 7}));
-  EXPECT_EQ(parse("qwen2", R"(,"sliding_window":7,"use_sliding_window":false)").sliding_window, (std::vector<int32_t>{0, 0, 0, 0}));
+  EXPECT_EQ(parse("qwen2", R"(,"sliding_window":7,"use_sliding_window":false)").sliding_window,
+            (std::vector<int32_t>{0, 0, 0, 0}));
 }
 
 class FamilyTest : public WeightsTest, public ::testing::WithParamInterface<const char*> {};
@@ -191,7 +201,8 @@ TEST_P(FamilyTest, SlicesOfAllRanksAreTheWhole) {
       q.insert(q.end(), mine.begin(), mine.begin() + plan.heads.count() * dim * hidden);
       const int64_t k_at = plan.heads.count() * dim * hidden;
       const int64_t k_whole = (spec.n_heads + plan.kv_heads.begin) * dim * hidden;
-      EXPECT_TRUE(std::equal(mine.begin() + k_at, mine.begin() + k_at + plan.kv_heads.count() * dim * hidden, qkv.begin() + k_whole));
+      EXPECT_TRUE(std::equal(mine.begin() + k_at, mine.begin() + k_at + plan.kv_heads.count() * dim * hidden,
+                             qkv.begin() + k_whole));
       const std::vector<float> halves = Values(layer.gate_up);
       gate.insert(gate.end(), halves.begin(), halves.begin() + plan.intermediate.count() * hidden);
       const std::vector<float> part = Values(layer.wo);
@@ -210,7 +221,8 @@ TEST_P(FamilyTest, SlicesOfAllRanksAreTheWhole) {
   EXPECT_EQ((*Checkpoint::Open(folder_ + "/m"))->fingerprint(), checkpoint.fingerprint());
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, FamilyTest, ::testing::Values("llama", "internlm", "internlm2", "mistral", "qwen2", "qwen3"));
+INSTANTIATE_TEST_SUITE_P(Families, FamilyTest,
+                         ::testing::Values("llama", "internlm", "internlm2", "mistral", "qwen2", "qwen3"));
 
 TEST_F(WeightsTest, WorkspaceHoldsTheTensorsOfTheLayout) {
   const RandomModelSpec spec{.vocab_size = 511, .has_bias = true, .dtype = kernels::DType::kF16};
@@ -225,7 +237,8 @@ TEST_F(WeightsTest, WorkspaceHoldsTheTensorsOfTheLayout) {
   for (int rank = 0; rank < 2; ++rank) {
     const std::string bytes = *ReadTextFile(weights + absl::StrCat("layers.1.attention.w_qkv.", rank, ".weight"));
     ASSERT_EQ(bytes.size(), static_cast<size_t>(64 * n_out * 2));
-    const auto layer = checkpoint->Layer(1, *shard::PlanShard(checkpoint->config().dims(), {.rank = rank, .world_size = 2}));
+    const auto layer =
+        checkpoint->Layer(1, *shard::PlanShard(checkpoint->config().dims(), {.rank = rank, .world_size = 2}));
     const auto word = [&](int64_t in, int64_t out) { return bytes.substr((in * n_out + out) * 2, 2); };
     const auto source = [&](const kernels::MatrixView& view, int64_t row, int64_t col) {
       return std::string(reinterpret_cast<const char*>(view.data) + (row * view.row_stride + col) * 2, 2);

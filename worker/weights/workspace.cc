@@ -183,7 +183,9 @@ class Writer {
     const auto rope_order = [&](int64_t i) { return i < rotated ? i / dim * dim + RopeSource(i % dim, dim) : i; };
     const auto same_order = [](int64_t i) { return i; };
     const std::string prefix = absl::StrCat("layers.", layer, ".");
-    const auto file = [&](const char* name, const char* kind) { return absl::StrCat(prefix, name, ".", rank, ".", kind); };
+    const auto file = [&](const char* name, const char* kind) {
+      return absl::StrCat(prefix, name, ".", rank, ".", kind);
+    };
 
     if (rank == 0) {
       RW_RETURN_IF_ERROR(WriteVector(prefix + "attention_norm.weight", weights.attention_norm));
@@ -265,7 +267,8 @@ absl::Status WriteWorkspace(const Checkpoint& checkpoint, const std::string& mod
   if (written.ok()) written = CopyTokenizer(model_dir, temporary + "/triton_models/tokenizer");
   if (written.ok() && exists) fs::remove_all(folder, error);
   if (written.ok()) fs::rename(temporary, folder, error);
-  if (written.ok() && error) written = absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
+  if (written.ok() && error)
+    written = absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
   if (!written.ok()) fs::remove_all(temporary, error);
   return written;
 }

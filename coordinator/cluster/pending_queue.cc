@@ -1,0 +1,32 @@
+#include "coordinator/cluster/pending_queue.h"
+
+#include <utility>
+
+namespace rankwise::cluster {
+
+void PendingQueue::Add(const Entry& entry) {
+  if (priorities_[entry.priority][entry.tenant].insert(entry.sequence).second) ++size_;
+}
+
+void PendingQueue::Remove(const Entry& entry) {
+  const auto level = priorities_.find(entry.priority);
+  if (level == priorities_.end()) return;
+  const auto tenant = level->second.find(entry.tenant);
+  if (tenant == level->second.end() || tenant->second.erase(entry.sequence) == 0) return;
+  --size_;
+  if (tenant->second.empty()) level->second.erase(tenant);
+  if (level->second.empty()) priorities_.erase(level);
+}
+
+std::optional<uint64_t> PendingQueue::Next(const absl::flat_hash_map<std::string, int64_t>& held_tokens) const {
+  if (priorities_.empty()) return std::nullopt;
+  std::optional<std::pair<int64_t, uint64_t>> best;
+  for (const auto& [tenant, sequences] : priorities_.begin()->second) {
+    const auto held = held_tokens.find(tenant);
+    const std::pair<int64_t, uint64_t> candidate(held == held_tokens.end() ? 0 : held->second, *sequences.begin());
+    if (!best || candidate < *best) best = candidate;
+  }
+  return best->second;
+}
+
+}  // namespace rankwise::cluster
