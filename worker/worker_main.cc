@@ -155,6 +155,7 @@ worker::v1::Join MakeJoin(const engine::Rank& rank, const Flags& flags, const ke
   join.set_block_tokens(rank.scheduler_options.block_tokens);
   join.set_max_running(rank.scheduler_options.slot_count);
   join.set_max_waiting(rank.scheduler_options.max_waiting);
+  join.set_max_step_seconds(flags.step_timeout_seconds);
   return join;
 }
 

@@ -299,12 +299,11 @@ void Cluster::Tick(absl::Time now) {
   absl::MutexLock lock(&mutex_);
   std::vector<uint64_t> silent;
   for (const auto& [epoch, group] : groups_) {
-    if (now - group.heard > options_.group_timeout) silent.push_back(epoch);
+    if (now - group.heard > Patience(group)) silent.push_back(epoch);
   }
   for (const uint64_t epoch : silent) {
-    DropEpoch(epoch,
-              absl::UnavailableError(absl::StrCat("no heartbeat for ", absl::FormatDuration(options_.group_timeout))),
-              now);
+    const absl::Duration silence = now - groups_.at(epoch).heard;
+    DropEpoch(epoch, absl::UnavailableError(absl::StrCat("no heartbeat for ", absl::FormatDuration(silence))), now);
   }
   std::set<RequestKey> expired, stranded;
   for (const auto& [key, live] : requests_) {
@@ -320,6 +319,11 @@ void Cluster::Tick(absl::Time now) {
     Fail(key, absl::UnavailableError(absl::StrCat("no worker group for ", absl::FormatDuration(options_.group_wait))));
   }
   Dispatch();
+}
+
+absl::Duration Cluster::Patience(const Group& group) const {
+  if (group.sequences.empty()) return options_.group_timeout;
+  return std::max(options_.group_timeout, absl::Seconds(group.join.max_step_seconds()));
 }
 
 void Cluster::Erase(uint64_t number, bool tells_group) {

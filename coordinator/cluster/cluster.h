@@ -46,9 +46,10 @@ class SampleListener {
 };
 
 struct ClusterOptions {
-  uint32_t max_live = 1024;                          // samples accepted and unfinished
-  absl::Duration group_timeout = absl::Seconds(10);  // without a heartbeat a group is lost
-  absl::Duration group_wait = absl::Seconds(30);     // how long a sample waits while there is no group
+  uint32_t max_live = 1024;  // samples accepted and unfinished
+  // Without a heartbeat a group is lost; one with work may be silent as long as it announced that a step can take.
+  absl::Duration group_timeout = absl::Seconds(10);
+  absl::Duration group_wait = absl::Seconds(30);  // how long a sample waits while there is no group
   // A sample that loses so many groups in a row and gets no token from any is taken for their end, and fails.
   uint32_t max_fruitless_replays = 4;
 };
@@ -140,6 +141,7 @@ class Cluster {
   void Dispatch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Group* LeastLoaded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   worker::v1::Submit MakeSubmit(uint64_t number) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Duration Patience(const Group& group) const;
   absl::Status TakeOutput(uint64_t epoch, const worker::v1::SequenceOutput& output)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status CheckOutput(const Sequence& sequence, const worker::v1::SequenceOutput& output) const

@@ -3,12 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <deque>
+#include <functional>
 #include <memory>
-#include <random>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "coordinator/cluster/simulation.h"
 
 namespace rankwise::cluster {
 namespace {
@@ -18,224 +19,6 @@ using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
 using worker::v1::SequenceOutput;
-using worker::v1::ToGroup;
-
-constexpr uint32_t kVocabulary = 1000;
-const absl::Time kStart = absl::FromUnixSeconds(1'000'000);
-
-// The simulated model: any stream can be checked without trust. -1 ends it.
-int32_t OracleToken(uint64_t seed, size_t position) {
-  uint64_t x = (seed + 1) * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03;
-  x = (x ^ (x >> 29)) * 0xBF58476D1CE4E5B9;
-  x ^= x >> 32;
-  return x % 16 == 0 ? -1 : static_cast<int32_t>(x % kVocabulary);
-}
-
-std::vector<int32_t> OracleStream(uint64_t seed, uint32_t max_tokens) {
-  std::vector<int32_t> stream;
-  while (stream.size() < max_tokens && OracleToken(seed, stream.size()) >= 0) {
-    stream.push_back(OracleToken(seed, stream.size()));
-  }
-  return stream;
-}
-
-worker::v1::Join MakeJoin(uint32_t max_running = 4, uint32_t max_waiting = 8) {
-  worker::v1::Join join;
-  join.mutable_model()->set_fingerprint("f");
-  join.mutable_model()->set_kv_format("int8");
-  join.mutable_model()->set_kv_scales_id("s");
-  join.mutable_model()->set_vocab_size(kVocabulary);
-  join.mutable_model()->set_max_tokens(4096);
-  join.set_max_running(max_running);
-  join.set_max_waiting(max_waiting);
-  return join;
-}
-
-// A worker group: takes messages when it steps, gives every sequence it runs one token a step.
-class SimulatedGroup : public GroupChannel {
- public:
-  SimulatedGroup(Cluster& cluster, absl::Time now, const worker::v1::Join& join = MakeJoin()) : cluster_(cluster) {
-    const auto welcome = cluster.Join(join, this, now);
-    EXPECT_TRUE(welcome.ok()) << welcome.status();
-    epoch_ = welcome->epoch();
-    EXPECT_TRUE(!incoming_.empty() && incoming_.front().has_welcome());
-    incoming_.pop_front();
-  }
-
-  void Send(ToGroup message) override {
-    EXPECT_FALSE(closed_.has_value());
-    incoming_.push_back(std::move(message));
-  }
-  void Close(const absl::Status& reason) override { closed_ = reason; }
-
-  void TakeMessages() {
-    for (const ToGroup& message : incoming_) {
-      if (message.has_submit()) Take(message.submit());
-      for (const uint64_t sequence : message.cancel().sequences()) running_.erase(sequence);
-    }
-    incoming_.clear();
-  }
-
-  // One step; the outputs are on their way and arrive with Deliver.
-  void Step() {
-    TakeMessages();
-    worker::v1::Outputs outputs;
-    outputs.set_epoch(epoch_);
-    for (auto& [number, running] : running_) AddOutput(number, running, outputs);
-    for (const SequenceOutput& output : outputs.sequences()) {
-      if (output.finished()) running_.erase(output.sequence());
-    }
-    in_flight_.push_back(std::move(outputs));
-  }
-
-  bool Deliver(absl::Time now) {
-    if (in_flight_.empty()) return false;
-    cluster_.TakeOutputs(epoch_, in_flight_.front(), now);
-    in_flight_.pop_front();
-    return true;
-  }
-  void StepAndDeliver(absl::Time now) {
-    Step();
-    while (Deliver(now)) continue;
-  }
-  void Send(const SequenceOutput& output, absl::Time now = kStart) {
-    worker::v1::Outputs outputs;
-    outputs.set_epoch(epoch_);
-    *outputs.add_sequences() = output;
-    cluster_.TakeOutputs(epoch_, outputs, now);
-  }
-
-  uint64_t epoch() const { return epoch_; }
-  const std::deque<ToGroup>& incoming() const { return incoming_; }
-  const std::optional<absl::Status>& closed() const { return closed_; }
-  std::vector<uint64_t> Submitted() const {
-    std::vector<uint64_t> numbers;
-    for (const ToGroup& message : incoming_) {
-      if (message.has_submit()) numbers.push_back(message.submit().sequence());
-    }
-    return numbers;
-  }
-  size_t running() const { return running_.size(); }
-
- private:
-  struct Running {
-    worker::v1::Submit submit;
-    size_t generated = 0;
-  };
-
-  void Take(const worker::v1::Submit& submit) {
-    // A replay must go on where the delivered stream ends.
-    const std::vector<int32_t> oracle = OracleStream(submit.sampling().seed(), submit.sampling().max_tokens());
-    ASSERT_LE(submit.generated_size(), static_cast<int>(oracle.size()));
-    EXPECT_TRUE(std::equal(submit.generated().begin(), submit.generated().end(), oracle.begin()));
-    EXPECT_TRUE(
-        running_.emplace(submit.sequence(), Running{submit, static_cast<size_t>(submit.generated_size())}).second);
-  }
-
-  static void AddOutput(uint64_t number, Running& running, worker::v1::Outputs& outputs) {
-    SequenceOutput& output = *outputs.add_sequences();
-    const rankwise::v1::SamplingParams& sampling = running.submit.sampling();
-    output.set_sequence(number);
-    output.set_token_offset(static_cast<uint32_t>(running.generated));
-    const int32_t token = OracleToken(sampling.seed(), running.generated);
-    if (sampling.has_prompt_logprobs() && running.generated == static_cast<size_t>(running.submit.generated_size())) {
-      for (int i = 1; i < running.submit.prompt_size(); ++i)
-        output.add_prompt_logprobs()->set_id(running.submit.prompt(i));
-    }
-    if (token >= 0) {
-      output.add_tokens()->set_id(token);
-      ++running.generated;
-    }
-    if (token >= 0 && running.generated < sampling.max_tokens()) return;
-    output.set_finished(true);
-    output.set_reason(token < 0 ? rankwise::v1::FINISH_REASON_STOP : rankwise::v1::FINISH_REASON_LENGTH);
-  }
-
-  Cluster& cluster_;
-  uint64_t epoch_ = 0;
-  std::deque<ToGroup> incoming_;
-  std::deque<worker::v1::Outputs> in_flight_;
-  std::map<uint64_t, Running> running_;
-  std::optional<absl::Status> closed_;
-};
-
-// A client's side: holds every stream against its oracle while it grows.
-class Client : public SampleListener {
- public:
-  struct Sample {
-    std::vector<int32_t> tokens;
-    int prompt_logprobs = 0;
-    bool is_finished = false;
-    std::optional<Ending> ending;
-    uint32_t replays = 0;
-  };
-
-  Client(Cluster& cluster, Request request, absl::Time now) : samples(request.samples) {
-    request.listener = this;
-    seed_ = request.sequence.sampling().seed();
-    max_tokens_ = request.sequence.sampling().max_tokens();
-    submitted = cluster.Submit(std::move(request), now);
-  }
-
-  bool OnOutput(uint32_t index, const SequenceOutput& output, uint32_t replays) override {
-    Sample& sample = samples.at(index);
-    EXPECT_TRUE(IsOpen(sample));
-    EXPECT_EQ(output.token_offset(), sample.tokens.size());
-    for (const auto& token : output.tokens()) {
-      EXPECT_EQ(token.id(), OracleToken(seed_ + index, sample.tokens.size()));
-      sample.tokens.push_back(token.id());
-    }
-    sample.prompt_logprobs += output.prompt_logprobs_size();
-    sample.replays = replays;
-    const bool has_enough = sample.tokens.size() >= enough;
-    sample.is_finished = output.finished() || has_enough;
-    if (output.finished()) {
-      EXPECT_EQ(sample.tokens, OracleStream(seed_ + index, max_tokens_));
-    }
-    return !has_enough;
-  }
-  void OnEnd(uint32_t index, Ending ending, uint32_t replays) override {
-    EXPECT_TRUE(IsOpen(samples.at(index)));
-    samples[index].ending = ending;
-    samples[index].replays = replays;
-  }
-  void OnFailed(const absl::Status& status) override {
-    EXPECT_FALSE(status.ok());
-    EXPECT_TRUE(failed.ok()) << "twice";
-    failed = status;
-  }
-
-  bool IsOpen(const Sample& sample) const { return failed.ok() && !sample.is_finished && !sample.ending; }
-  bool is_over() const {
-    return !submitted.ok() || std::ranges::none_of(samples, [this](const Sample& s) { return IsOpen(s); });
-  }
-  bool is_whole() const {
-    return submitted.ok() && std::ranges::all_of(samples, [](const Sample& s) { return s.is_finished; });
-  }
-
-  absl::StatusOr<RequestKey> submitted = absl::UnknownError("");
-  std::vector<Sample> samples;
-  absl::Status failed;
-  size_t enough = SIZE_MAX;
-
- private:
-  uint64_t seed_ = 0;
-  uint32_t max_tokens_ = 0;
-};
-
-// A seed whose stream does not end by itself before `tokens`.
-uint64_t LongSeed(uint32_t tokens, uint64_t seed = 0) {
-  while (OracleStream(seed, tokens).size() < tokens) ++seed;
-  return seed;
-}
-
-Request MakeRequest(const std::string& id, uint32_t max_tokens = 8, uint64_t seed = 0) {
-  Request request{.id = id};
-  for (const int32_t token : {1, 2, 3, 4}) request.sequence.add_prompt(token);
-  request.sequence.mutable_sampling()->set_max_tokens(max_tokens);
-  request.sequence.mutable_sampling()->set_seed(seed);
-  return request;
-}
 
 TEST(ReplayTest, SurvivesTheLossOfAGroupAtEveryTwoSteps) {
   constexpr uint32_t kTokens = 8;
@@ -357,6 +140,21 @@ TEST(ProtocolTest, AGroupThatBreaksItLosesItsEpoch) {
     EXPECT_TRUE(client.is_whole());
     cluster.CheckInvariants();
   }
+}
+
+TEST(ProtocolTest, OutputForAnotherGroupsSequenceChangesNothing) {
+  Cluster cluster({});
+  SimulatedGroup a(cluster, kStart), b(cluster, kStart);
+  const uint64_t seed = LongSeed(8);
+  Client client(cluster, MakeRequest("r", 8, seed), kStart);
+  ASSERT_THAT(a.Submitted(), SizeIs(1));
+  SequenceOutput output;
+  output.set_sequence(a.Submitted().front());
+  output.add_tokens()->set_id(OracleToken(seed, 0));
+  b.Send(output);
+  EXPECT_THAT(client.samples[0].tokens, IsEmpty());
+  for (int step = 0; step < 8; ++step) a.StepAndDeliver(kStart);
+  EXPECT_TRUE(client.is_whole());
 }
 
 TEST(ProtocolTest, AGroupsErrorEndsTheRequestEverywhere) {
@@ -559,98 +357,18 @@ TEST(TimeTest, ASilentGroupIsLostAndAnAbsentOneIsWaitedFor) {
   cluster.CheckInvariants();
 }
 
-// Groups, clients and time at random; then everything heals, and every request that still lives must end well.
-class Swarm {
- public:
-  explicit Swarm(uint64_t seed) : random_(seed) {
-    options_.max_live = Draw(4, 40);
-    options_.max_fruitless_replays = 1000;
-    cluster_ = std::make_unique<Cluster>(options_);
-  }
-
-  void Run() {
-    for (int event = 0; event < 300; ++event) {
-      Act();
-      cluster_->CheckInvariants();
-      ASSERT_FALSE(testing::Test::HasFailure()) << "event " << event;
-    }
-    Heal();
-  }
-
- private:
-  uint32_t Draw(uint32_t least, uint32_t most) { return std::uniform_int_distribution<uint32_t>(least, most)(random_); }
-
-  void Act() {
-    SimulatedGroup* group = groups_.empty() ? nullptr : groups_[Draw(0, groups_.size() - 1)].get();
-    switch (Draw(0, 11)) {
-      case 0:
-        groups_.push_back(std::make_unique<SimulatedGroup>(*cluster_, now_, MakeJoin(Draw(1, 6), Draw(0, 6))));
-        break;
-      case 1:
-        if (group != nullptr && Draw(0, 2) == 0) cluster_->Leave(group->epoch(), now_);
-        break;
-      case 2:
-      case 3:
-        Submit();
-        break;
-      case 4:
-        if (!clients_.empty()) Cancel(*clients_[Draw(0, clients_.size() - 1)]);
-        break;
-      case 5:
-        now_ += absl::Milliseconds(Draw(1, 1500));
-        cluster_->Tick(now_);
-        break;
-      case 6:
-        if (group != nullptr) cluster_->TakeLoad(group->epoch(), {}, now_);
-        break;
-      case 7:
-      case 8:
-        if (group != nullptr) group->Step();
-        break;
-      default:
-        if (group != nullptr) group->Deliver(now_);
-    }
-  }
-
-  void Submit() {
-    Request request = MakeRequest(absl::StrCat("r", Draw(0, 30)), Draw(1, 12), Draw(0, 1000));
-    request.samples = Draw(1, 4);
-    request.tenant = absl::StrCat("t", Draw(0, 2));
-    request.sequence.set_priority(static_cast<int32_t>(Draw(0, 2)) - 1);
-    if (Draw(0, 3) == 0) request.deadline = now_ + absl::Milliseconds(Draw(0, 3000));
-    clients_.push_back(std::make_unique<Client>(*cluster_, request, now_));
-    if (Draw(0, 3) == 0) clients_.back()->enough = Draw(1, 6);
-    if (!clients_.back()->submitted.ok()) clients_.pop_back();
-  }
-
-  void Cancel(Client& client) {
-    if (client.is_over()) return;
-    cluster_->Forget(*client.submitted);
-    client.failed = absl::CancelledError("forgotten");
-  }
-
-  void Heal() {
-    for (const auto& group : groups_) cluster_->Leave(group->epoch(), now_);
-    SimulatedGroup last(*cluster_, now_);
-    for (int step = 0; step < 500 && cluster_->live() > 0; ++step) last.StepAndDeliver(now_);
-    cluster_->CheckInvariants();
-    EXPECT_EQ(cluster_->live(), 0u);
-    for (const auto& client : clients_) EXPECT_TRUE(client->is_over());
-  }
-
-  std::mt19937_64 random_;
-  ClusterOptions options_;
-  std::unique_ptr<Cluster> cluster_;
-  absl::Time now_ = kStart;
-  std::vector<std::unique_ptr<SimulatedGroup>> groups_;  // dead ones too: their outputs may still arrive
-  std::vector<std::unique_ptr<Client>> clients_;
-};
-
-TEST(SwarmTest, EveryStreamIsItsOracles) {
-  for (uint64_t seed = 0; seed < 300 && !HasFailure(); ++seed) {
-    SCOPED_TRACE(absl::StrCat("seed ", seed));
-    Swarm(seed).Run();
-  }
+TEST(TimeTest, AGroupWithWorkMayBeSilentForALongStep) {
+  Cluster cluster({.group_timeout = absl::Seconds(10)});
+  worker::v1::Join join = MakeJoin();
+  join.set_max_step_seconds(60);
+  SimulatedGroup group(cluster, kStart, join);
+  Client client(cluster, MakeRequest("r", 1, LongSeed(1)), kStart);
+  cluster.Tick(kStart + absl::Seconds(60));
+  EXPECT_FALSE(group.closed().has_value());
+  group.StepAndDeliver(kStart + absl::Seconds(60));
+  EXPECT_TRUE(client.is_whole());
+  cluster.Tick(kStart + absl::Seconds(71));
+  EXPECT_TRUE(group.closed().has_value());
 }
 
 }  // namespace

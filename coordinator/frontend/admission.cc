@@ -16,8 +16,8 @@ using rankwise::v1::GetModelInfoResponse;
 using rankwise::v1::SamplingParams;
 
 constexpr uint32_t kMaxSamples = 64;
-// Hardly any text has longer tokens on average, and a prompt of a million bytes for a small model costs nothing.
-constexpr size_t kMaxBytesPerToken = 128;
+// Text of longer tokens on average is hardly any; so what cannot fit the context is refused before it is tokenised.
+constexpr size_t kMaxBytesPerToken = 32;
 
 // NaN is in no range.
 absl::Status InRange(absl::string_view name, double value, double least, double most) {
