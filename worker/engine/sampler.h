@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -42,12 +43,16 @@ struct SampledToken {
   std::vector<Candidate> top;  // by falling logprob, then rising id
 };
 
-// Uniform in [0, 1): Philox4x32-10 (Salmon et al. 2011) of counter `position` under key `seed`. A pure function, so a
-// replayed or preempted sequence draws the same numbers.
+// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011).
+std::array<uint32_t, 4> Philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+
+// Uniform in [0, 1): 53 bits of Philox4x32 of counter `position` under key `seed`. A pure function, so a replayed or
+// preempted sequence draws the same numbers.
 double UniformAt(uint64_t seed, uint64_t position);
 
 // Draws tokens from logits. Keeps scratch of vocabulary size, so one per thread. The result depends on its arguments
-// alone: the same bits on every platform that rounds IEEE and links this code.
+// alone: the same bits on every platform that rounds IEEE. So exp and log are ours, because those of libm differ by
+// version and instruction set, and probabilities are integers, whose sums have no order.
 class Sampler {
  public:
   explicit Sampler(int32_t vocab_size);
@@ -56,23 +61,25 @@ class Sampler {
   // `eos_ids` are masked while fewer than min_tokens were generated, as are stop_token_ids. Order: bias, repetition,
   // frequency and presence penalties, temperature, top-k, top-p, min-p, draw. Ties go to the lowest id. The draw's
   // counter is the position of the new token, tokens.size(). Logits that are NaN count as -inf; when none is left the
-  // id is -1.
+  // id is -1. Tokens 2^41 times less likely than the first one are never drawn.
   SampledToken Sample(std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                       int32_t prompt_count, std::span<const int32_t> eos_ids);
 
   // log-softmax of `logits` at `token`, with `count` alternatives: for prompt logprobs.
-  SampledToken Score(std::span<const float> logits, int32_t token, int32_t count) const;
+  SampledToken Score(std::span<const float> logits, int32_t token, int32_t count);
 
  private:
   void ApplyPenalties(std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                       int32_t prompt_count);
   int32_t Draw(std::span<const float> logits, const SamplingParams& params, double uniform);
+  double LogSumExp(std::span<const float> logits);
+  uint64_t KeepNucleus(uint64_t enough);
 
   const int32_t vocab_size_;
-  std::vector<int32_t> order_;  // candidates
-  std::vector<double> weight_;  // exp of the scaled logits, by id
-  std::vector<int32_t> count_;  // occurrences by id; all 0 between calls
-  std::vector<float> raw_;      // the logits as they came
+  std::vector<uint64_t> weight_;  // of each id, in units of 2^-40 of the likeliest
+  std::vector<uint64_t> keys_;    // of candidates
+  std::vector<int32_t> count_;    // occurrences by id; all 0 between calls
+  std::vector<float> raw_;        // the logits as they came
 };
 
 }  // namespace rankwise::engine

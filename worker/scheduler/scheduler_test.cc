@@ -371,7 +371,7 @@ TEST_F(SchedulerDeathTest, RefusesMisuse) {
 }
 
 TEST(SchedulerSpeed, ADecodeStepOf64SequencesBesideALongPromptThatWaits) {
-  Scheduler scheduler({.block_count = 16384, .slot_count = 64, .max_positions = 200000});
+  Scheduler scheduler({.block_count = 16384, .slot_count = 65, .max_positions = 200000});
   for (uint64_t id = 1; id <= 64; ++id) {
     ASSERT_TRUE(
         scheduler.Admit({.id = SequenceId{id}, .tokens = std::vector<int32_t>(1000, static_cast<int32_t>(id))}).ok());
