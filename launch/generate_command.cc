@@ -180,6 +180,7 @@ class TextOutput {
       std::fflush(stdout);
       if (!finished_.contains(current_)) return;
       absl::FPrintF(stdout, "\n");
+      std::fflush(stdout);
       ++current_;
       if (!pending_.contains(current_)) return;
     }

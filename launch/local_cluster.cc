@@ -221,6 +221,7 @@ absl::Status LocalCluster::WaitServing(int groups, absl::Time deadline, int wake
 absl::Status LocalCluster::Drain(int wake_fd) {
   absl::Status result;
   absl::Time deadline = absl::Now() + options_.drain_timeout;
+  stub_.reset();  // an idle connection would keep the coordinator waiting
   bool has_coordinator = programs_[0].child != nullptr;
   if (has_coordinator) programs_[0].child->Signal(SIGTERM);
   for (;;) {

@@ -51,8 +51,8 @@ class LocalCluster {
   absl::Status Supervise(absl::Time deadline, int wake_fd = -1);
   // Supervises until `groups` groups serve. DeadlineExceeded; Cancelled when `wake_fd` becomes readable.
   absl::Status WaitServing(int groups, absl::Time deadline, int wake_fd = -1);
-  // Finishes the live requests, then ends everything. Readable `wake_fd`: at once. An error when something had to be
-  // killed or ended badly.
+  // Finishes the live requests, then ends everything; at once when `wake_fd` becomes readable. stub() must not be in
+  // use, and is gone afterwards. An error when something had to be killed or ended badly.
   absl::Status Drain(int wake_fd = -1);
   // Ends everything at once: calls in flight fail. The destructor does the same.
   void Kill();

@@ -15,6 +15,7 @@
 #include "absl/strings/strip.h"
 #include "base/mapped_file.h"
 #include "launch/client.h"
+#include "proto/health.grpc.pb.h"
 #include "tests/e2e/serving.h"
 
 namespace rankwise::e2e {
@@ -113,6 +114,45 @@ TEST_P(KilledRank, StreamsGoOnWithTheBitsOfAnUndisturbedRun) {
     ASSERT_TRUE(serving.ok()) << serving;
   }
   EXPECT_TRUE(WaitIdle(stub).ok());
+  EXPECT_TRUE((*cluster)->Drain().ok());
+}
+
+bool IsHealthy(const std::string& endpoint) {
+  const auto stub =
+      grpc::health::v1::Health::NewStub(grpc::CreateChannel(endpoint, grpc::InsecureChannelCredentials()));
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(10)));
+  grpc::health::v1::HealthCheckRequest request;
+  request.set_service("rankwise.v1.Inference");
+  grpc::health::v1::HealthCheckResponse response;
+  const grpc::Status status = stub->Check(&context, request, &response);
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  return response.status() == grpc::health::v1::HealthCheckResponse::SERVING;
+}
+
+// Neither mpirun nor TCP notices a process that only stands still.
+TEST(StoppedRank, IsNoticedReportedAndReplaced) {
+  GenerateRequest request = Sampled(kPrompt, 900, 11);
+  request.mutable_sampling()->set_ignore_eos(true);
+  const auto cluster =
+      Serve({.tp = 2, .worker_flags = {"--step-timeout", "2"}, .coordinator_flags = {"--group-timeout", "1"}});
+  ASSERT_TRUE(cluster.ok()) << cluster.status();
+  auto& stub = (*cluster)->stub();
+  const Reply undisturbed = Generate(stub, request);
+  ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
+  EXPECT_TRUE(IsHealthy((*cluster)->endpoint()));
+  Stream stream(stub, request);
+  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return stream.received() >= 20; }));
+  const std::vector<int64_t> pids = RankPids(stub);
+  ASSERT_EQ(pids.size(), 2u);
+  ASSERT_EQ(kill(static_cast<pid_t>(pids[1]), SIGSTOP), 0);
+  EXPECT_TRUE(SuperviseUntil(**cluster, [&] { return !IsHealthy((*cluster)->endpoint()); }));
+  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return stream.is_finished(); }));
+  const Reply reply = stream.Join();
+  EXPECT_TRUE(reply.status.ok()) << reply.status;
+  EXPECT_EQ(reply.ids, undisturbed.ids);
+  EXPECT_FALSE(IsRunning(pids[1]));
+  EXPECT_TRUE(IsHealthy((*cluster)->endpoint()));
   EXPECT_TRUE((*cluster)->Drain().ok());
 }
 

@@ -4,12 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <csignal>
 #include <fstream>
 #include <limits>
 #include <string>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "base/mapped_file.h"
 #include "launch/client.h"
 #include "nlohmann/json.hpp"
@@ -265,6 +267,45 @@ TEST_F(Requests, ModelAndLoadAreReported) {
     EXPECT_TRUE(IsRunning(static_cast<int64_t>(rank.pid())));
     EXPECT_GT(rank.kv_bytes(), 0u);
   }
+}
+
+TEST_F(Requests, TheCommandLineStreamsTheSameText) {
+  const std::string endpoint = cluster_->endpoint();
+  const Reply reply = Generate(stub(), Greedy(kPrompt, 24));
+  const auto text =
+      RunProgram("rankwise", {"generate", "--endpoint", endpoint, "--max-tokens", "24", "--temperature", "0", kPrompt});
+  ASSERT_TRUE(text.ok()) << text.status();
+  EXPECT_TRUE(text->state.is_success()) << text->log;
+  EXPECT_THAT(text->log, HasSubstr("[24 tokens, "));
+  const auto json = RunProgram(
+      "rankwise", {"generate", "--endpoint", endpoint, "--max-tokens", "24", "--temperature", "0", "--json", kPrompt});
+  ASSERT_TRUE(json.ok()) << json.status();
+  std::string joined;
+  for (const auto line : absl::StrSplit(json->log, '\n')) {
+    const auto piece = nlohmann::json::parse(line, nullptr, false);
+    if (piece.is_object()) joined += piece.value("text", "");
+  }
+  EXPECT_EQ(joined, reply.text);
+  const auto status = RunProgram("rankwise", {"status", "--endpoint", endpoint});
+  ASSERT_TRUE(status.ok()) << status.status();
+  EXPECT_THAT(status->log, HasSubstr("tp 2, kv int8"));
+  const auto refused = RunProgram("rankwise", {"generate", "--endpoint", endpoint, "--top-p", "7", kPrompt});
+  ASSERT_TRUE(refused.ok());
+  EXPECT_EQ(refused->state.code, 2);
+  EXPECT_THAT(refused->log, HasSubstr("top_p=7"));
+}
+
+TEST_F(Requests, CtrlCCancelsTheCommandLine) {
+  auto child =
+      launch::ChildProcess::Start({.command = {launch::ProgramFolder() + "/rankwise", "generate", "--endpoint",
+                                               cluster_->endpoint(), "--max-tokens", "900", "--ignore-eos", kPrompt},
+                                   .log_path = ScratchFolder() + "/ctrl-c.log"});
+  ASSERT_TRUE(child.ok()) << child.status();
+  while ((*child)->LogTail().empty()) ASSERT_FALSE((*child)->Wait(absl::Now() + absl::Milliseconds(1)));
+  (*child)->Signal(SIGINT);
+  const auto state = (*child)->Wait(absl::Now() + kPatience);
+  ASSERT_TRUE(state);
+  EXPECT_EQ(state->code, 130) << (*child)->LogTail();
 }
 
 TEST_F(Requests, OverloadIsRefusedAtOnce) {
