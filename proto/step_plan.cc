@@ -1,7 +1,5 @@
 #include "proto/step_plan.h"
 
-#include <algorithm>
-
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 
@@ -84,6 +82,11 @@ absl::StatusOr<StepPlan> DecodeStepPlan(absl::string_view bytes, const StepLimit
   plan.kind = static_cast<StepKind>(kind);
   RW_ASSIGN_OR_RETURN(plan.step, reader.Take(UINT64_MAX, "step"));
   RW_ASSIGN_OR_RETURN(plan.cleared_slots, reader.TakeList(limits.slot_count, limits.slot_count, "cleared slot"));
+  std::vector<bool> is_cleared(limits.slot_count);
+  for (const int32_t slot : plan.cleared_slots) {
+    if (is_cleared[slot]) return absl::InvalidArgumentError(absl::StrCat("step plan clears slot ", slot, " twice"));
+    is_cleared[slot] = true;
+  }
   RW_ASSIGN_OR_RETURN(const uint64_t segment_count, reader.Take(uint64_t(limits.slot_count) + 1, "segment count"));
   std::vector<bool> is_named(limits.slot_count);
   int64_t rows = 0;
