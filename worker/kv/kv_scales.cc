@@ -27,6 +27,8 @@ using nlohmann::json;
 static_assert(std::endian::native == std::endian::little);
 
 constexpr int kFormatVersion = 1;
+constexpr int kMostRanks = 4096;
+constexpr float kMostValue = 1e38f;  // max - min and min + max stay finite
 constexpr char kManifestName[] = "kv_scales.json";
 constexpr char kHowToWrite[] = "; `rankwise calibrate` and `rankwise kv-qparams` write it";
 
@@ -36,8 +38,8 @@ struct Parameters {
 
 // The range [min, max] on 256 steps. A constant is represented exactly: q = 0 with zero point = the constant.
 Parameters FromRange(float min, float max) {
-  const float scale = (max - min) / 255.0f;
-  return {.scale = scale > 0 ? scale : std::numeric_limits<float>::min(), .zero_point = (min + max) / 2.0f};
+  // The least normal number: its reciprocal is still finite.
+  return {.scale = std::max((max - min) / 255.0f, std::numeric_limits<float>::min()), .zero_point = (min + max) / 2.0f};
 }
 
 KvHeadScales FromHeads(const KvStatistics& statistics, int layer, shard::Range heads) {
@@ -80,7 +82,10 @@ absl::Status CheckStatistics(const KvStatistics& s) {
       return absl::InvalidArgumentError(absl::StrCat("statistics hold ", values->size(), " values instead of ", count));
     }
     for (const float value : *values) {
-      if (!std::isfinite(value)) return absl::InvalidArgumentError("statistics hold a value that is not finite");
+      if (!(std::abs(value) <= kMostValue)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("statistics hold ", value, ", which is not finite or beyond ", kMostValue));
+      }
     }
   }
   for (size_t i = 0; i < count; ++i) {
@@ -166,6 +171,9 @@ absl::StatusOr<KvStatistics> ReadKvStatistics(const std::string& path) {
           absl::StrCat(path, ": ", name, " is not an F32 tensor [layers, KV heads, channels]"));
     }
     const weights::StoredTensor& tensor = found->second;
+    if (tensor.shape != file.tensors().at("key.min").shape) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " has another shape than key.min"));
+    }
     for (const int64_t dim : tensor.shape) {
       if (dim < 1 || dim > (1 << 20))
         return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " has a dimension of ", dim));
@@ -227,11 +235,17 @@ absl::Status CheckManifest(const json& manifest, const std::string& path, const 
     return absl::FailedPreconditionError(absl::StrCat(path, " ", what..., kHowToWrite));
   };
   const auto is = [&](const char* key, const json& value) { return manifest.contains(key) && manifest[key] == value; };
-  if (!manifest.is_object() || !manifest.contains("id") || !manifest["id"].is_string())
+  if (!manifest.is_object() || !manifest.contains("id") || !manifest["id"].is_string() || manifest["id"] == "") {
     return refuse("is not a scale manifest");
+  }
   if (!is("format_version", kFormatVersion)) return refuse("is of another format version than ", kFormatVersion);
   if (!is("model", model_fingerprint)) return refuse("is of another model than ", model_fingerprint);
+  if (!manifest.contains("tp") || !manifest["tp"].is_number_unsigned() || manifest["tp"].get<uint64_t>() < 1 ||
+      manifest["tp"].get<uint64_t>() > kMostRanks) {
+    return refuse("names no tp");
+  }
   if (!is("n_layers", n_layers) || !is("n_kv_heads", n_kv_heads)) return refuse("is of another shape than this model");
+  if (!is("granularity", "head") && !is("granularity", "rank")) return refuse("names no granularity");
   if (granularity == Granularity::kHead) {
     return is("granularity", "head") ? absl::OkStatus() : refuse("has no scales per head (--granularity head)");
   }
@@ -243,27 +257,47 @@ absl::Status CheckManifest(const json& manifest, const std::string& path, const 
 
 absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::string& model_fingerprint, int n_layers,
                                         int n_kv_heads, const shard::ShardPlan& plan, Granularity granularity) {
-  RankScales result;
   const std::string manifest_path = absl::StrCat(folder, "/", kManifestName);
+  int rank_count = plan.world_size, head_count = 0;
+  std::string manifest_id;
   if (std::filesystem::exists(manifest_path)) {
     RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(manifest_path, 1 << 20));
     const json manifest = json::parse(text, nullptr, /*allow_exceptions=*/false);
     RW_RETURN_IF_ERROR(
         CheckManifest(manifest, manifest_path, model_fingerprint, n_layers, n_kv_heads, plan, granularity));
-    result.manifest_id = manifest["id"].get<std::string>();
+    manifest_id = manifest["id"].get<std::string>();
+    rank_count = manifest["tp"].get<int>();
+    if (manifest["granularity"] == "head") head_count = n_kv_heads;
   } else if (granularity == Granularity::kHead) {
     return absl::NotFoundError(absl::StrCat(manifest_path, " is missing", kHowToWrite));
   }
+  // All files, in the order they were written: the id is of all, so that every rank has the same one, and files that
+  // the manifest does not know (those of another export) are found out.
+  RankScales result;
   std::string all;
+  const auto read = [&](const std::string& name, int64_t times) -> absl::Status {
+    RW_ASSIGN_OR_RETURN(const KvHeadScales scales, ReadScaleFile(absl::StrCat(folder, "/", name)));
+    result.scales.insert(result.scales.end(), times, scales);
+    all += Bytes(scales);
+    return absl::OkStatus();
+  };
   for (int layer = 0; layer < n_layers; ++layer) {
-    for (int64_t head = plan.kv_heads.begin; head < plan.kv_heads.end; ++head) {
-      const std::string name = granularity == Granularity::kHead ? HeadFile(layer, head) : RankFile(layer, plan.rank);
-      RW_ASSIGN_OR_RETURN(const KvHeadScales scales, ReadScaleFile(absl::StrCat(folder, "/", name)));
-      result.scales.push_back(scales);
-      all += Bytes(scales);
+    for (int rank = 0; rank < rank_count; ++rank) {
+      const bool is_wanted = granularity == Granularity::kRank && rank == plan.rank;
+      RW_RETURN_IF_ERROR(read(RankFile(layer, rank), is_wanted ? plan.kv_heads.count() : 0));
+    }
+    for (int64_t head = 0; head < head_count; ++head) {
+      const bool is_wanted =
+          granularity == Granularity::kHead && plan.kv_heads.begin <= head && head < plan.kv_heads.end;
+      RW_RETURN_IF_ERROR(read(HeadFile(layer, head), is_wanted ? 1 : 0));
     }
   }
-  if (result.manifest_id.empty()) result.manifest_id = Digest(all);
+  result.manifest_id = Digest(all);
+  if (!manifest_id.empty() && manifest_id != result.manifest_id) {
+    return absl::FailedPreconditionError(absl::StrCat(manifest_path, " has id ", manifest_id,
+                                                      ", but the scale files beside it make ", result.manifest_id,
+                                                      kHowToWrite));
+  }
   return result;
 }
 

@@ -2,10 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <random>
 
+#include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
 
 namespace rankwise::kv {
@@ -105,6 +109,125 @@ TEST_F(KvScalesTest, StatisticsSurviveTheirFile) {
   bad.k_min[0] = std::numeric_limits<float>::infinity();
   EXPECT_FALSE(WriteKvStatistics(path, bad).ok());
   EXPECT_FALSE(WriteKvScales(folder_, bad, 1, Granularity::kRank).ok());
+}
+
+// q = round_half_even((x - zp) / scale) in f32, saturating; u = q + 128.
+int Quantize(float x, float scale, float zero_point) {
+  return static_cast<int>(std::clamp(std::nearbyint((x - zero_point) / scale), -128.0f, 127.0f));
+}
+
+TEST_F(KvScalesTest, ScalesSpanTheRangeOnAllSteps) {
+  for (const auto& [low, high] : {std::pair{-4.0f, 6.0f}, {-1.0f, 1.0f}, {0.0f, 255.0f}, {100.0f, 100.5f}}) {
+    KvStatistics statistics{.n_layers = 1, .n_kv_heads = 1, .head_dim = 1};
+    statistics.k_min = statistics.v_min = {low};
+    statistics.k_max = statistics.v_max = {high};
+    ASSERT_EQ(WriteKvScales(folder_, statistics, 1, Granularity::kRank), absl::OkStatus());
+    const std::vector<float> file = File("layers.0.past_kv_scale.0.weight");
+    const float scale = file[0], zero_point = file[1];
+    EXPECT_EQ(Quantize(zero_point, scale, zero_point), 0);
+    EXPECT_LE(Quantize(low, scale, zero_point), -127);  // -127.5, give or take the rounding of zp
+    EXPECT_EQ(Quantize(high, scale, zero_point), 127);
+    EXPECT_EQ(Quantize(low - 10 * scale, scale, zero_point), -128);
+    EXPECT_EQ(Quantize(high + 10 * scale, scale, zero_point), 127);
+    for (int step = 0; step <= 1000; ++step) {
+      const float x = low + (high - low) * static_cast<float>(step) / 1000;
+      const float back = static_cast<float>(Quantize(x, scale, zero_point)) * scale + zero_point;
+      // Half a step; the top half step saturates; the f32 rounding of x, zp and the sum.
+      EXPECT_NEAR(back, x, 0.5f * scale + 4 * std::abs(high) * 0x1p-24f) << x;
+    }
+  }
+}
+
+TEST_F(KvScalesTest, AnExportForFewerRanksCoversThoseForMore) {
+  KvStatistics statistics{.n_layers = 3, .n_kv_heads = 8, .head_dim = 4};
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  for (int i = 0; i < 3 * 8 * 4; ++i) {
+    const float a = normal(random), b = normal(random), c = normal(random), d = normal(random);
+    statistics.k_min.push_back(std::min(a, b));
+    statistics.k_max.push_back(std::max(a, b));
+    statistics.v_min.push_back(std::min(c, d));
+    statistics.v_max.push_back(std::max(c, d));
+  }
+  for (const int world : {1, 2, 4, 8, 16}) {
+    ASSERT_EQ(WriteKvScales(folder_, statistics, world, Granularity::kRank), absl::OkStatus());
+    for (int layer = 0; layer < 3; ++layer) {
+      float whole_low = INFINITY, whole_high = -INFINITY;
+      for (int rank = 0; rank < world; ++rank) {
+        const std::vector<float> file = File(absl::StrCat("layers.", layer, ".past_kv_scale.", rank, ".weight"));
+        whole_low = std::min(whole_low, file[1] - 127.5f * file[0]);
+        whole_high = std::max(whole_high, file[1] + 127.5f * file[0]);
+      }
+      const auto begin = layer * 32, end = begin + 32;
+      EXPECT_NEAR(whole_low, *std::min_element(&statistics.k_min[begin], statistics.k_min.data() + end), 1e-5);
+      EXPECT_NEAR(whole_high, *std::max_element(&statistics.k_max[begin], statistics.k_max.data() + end), 1e-5);
+    }
+  }
+}
+
+TEST_F(KvScalesTest, HeadScalesServeEveryDegreeAndAllRanksSeeOneId) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kHead), absl::OkStatus());
+  const auto read = [&](int rank, int world, Granularity granularity) {
+    const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(rank, world), granularity);
+    EXPECT_TRUE(scales.ok()) << scales.status();
+    return scales.ok() ? *scales : RankScales{};
+  };
+  const RankScales whole = read(0, 1, Granularity::kHead), second = read(1, 2, Granularity::kHead);
+  ASSERT_EQ(whole.scales.size(), 4u);
+  ASSERT_EQ(second.scales.size(), 2u);
+  for (int layer = 0; layer < 2; ++layer) {
+    EXPECT_EQ(second.scales[layer].k_scale, whole.scales[2 * layer + 1].k_scale);
+    EXPECT_EQ(second.scales[layer].v_zero_point, whole.scales[2 * layer + 1].v_zero_point);
+  }
+  EXPECT_EQ(whole.manifest_id, second.manifest_id);
+  EXPECT_EQ(whole.manifest_id, read(0, 2, Granularity::kRank).manifest_id);
+}
+
+TEST_F(KvScalesTest, FilesOfAnotherExportAreRefused) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 1, Granularity::kRank), absl::OkStatus());
+  const std::string stale = *ReadTextFile(folder_ + "/layers.1.past_kv_scale.0.weight");
+  KvStatistics wider = Statistics();
+  wider.k_max.back() = 50;
+  ASSERT_EQ(WriteKvScales(folder_, wider, 2, Granularity::kRank), absl::OkStatus());
+  // Rank 0 does not read rank 1's file for itself, but a group must not start on a mixed set.
+  ASSERT_EQ(WriteFileAtomically(folder_ + "/layers.1.past_kv_scale.1.weight", stale), absl::OkStatus());
+  const auto mixed = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 2), Granularity::kRank);
+  EXPECT_EQ(mixed.status().code(), absl::StatusCode::kFailedPrecondition) << mixed.status();
+}
+
+TEST_F(KvScalesTest, FilesWithoutAManifestServePerRankWithOneIdForAllRanks) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kRank), absl::OkStatus());
+  fs::remove(folder_ + "/kv_scales.json");
+  const auto first = ReadKvScales(folder_, "any", 2, 2, Plan(0, 2), Granularity::kRank);
+  const auto second = ReadKvScales(folder_, "any", 2, 2, Plan(1, 2), Granularity::kRank);
+  ASSERT_TRUE(first.ok() && second.ok()) << first.status() << second.status();
+  EXPECT_EQ(first->manifest_id, second->manifest_id);
+  EXPECT_NE(first->scales[0].k_scale, second->scales[0].k_scale);
+  EXPECT_TRUE(absl::IsNotFound(ReadKvScales(folder_, "any", 2, 2, Plan(0, 2), Granularity::kHead).status()));
+}
+
+TEST_F(KvScalesTest, MutatedManifestsNeverCrash) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kHead), absl::OkStatus());
+  const std::string path = folder_ + "/kv_scales.json", manifest = *ReadTextFile(path);
+  std::mt19937 random(11);
+  int accepted = 0;
+  for (int round = 0; round < 500; ++round) {
+    std::string bytes = manifest;
+    bytes[random() % bytes.size()] = static_cast<char>(random());
+    ASSERT_EQ(WriteFileAtomically(path, bytes), absl::OkStatus());
+    accepted += ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 2), Granularity::kHead).ok();
+  }
+  EXPECT_GT(accepted, 0);
+  EXPECT_LT(accepted, 500);
+}
+
+TEST_F(KvScalesTest, StatisticsBeyondFloatArithmeticAreRefused) {
+  KvStatistics huge = Statistics();
+  huge.v_max[0] = 2e38f;
+  EXPECT_FALSE(WriteKvScales(folder_, huge, 1, Granularity::kRank).ok());
+  KvStatistics crossed = Statistics();
+  crossed.v_min[0] = 1;
+  EXPECT_FALSE(WriteKvStatistics(folder_ + "/s", crossed).ok());
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "base/check.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
+#include "worker/weights/json.h"
 #include "worker/weights/safetensors.h"
 
 namespace rankwise::weights {
@@ -121,6 +122,22 @@ std::vector<float> Floats(const MatrixView& row) {
   return values;
 }
 
+// All of the configuration that changes what the weights compute, which the token ids do not.
+std::string Canonical(const ModelConfig& config) {
+  const RopeConfig& rope = config.rope;
+  std::string text =
+      absl::StrCat(config.model_type, " ", config.n_heads, " ", config.n_kv_heads, " ", config.head_dim, " ",
+                   config.max_position, " ", config.is_tied ? "tied" : "untied", " ", rope.rotary_dim, " ",
+                   static_cast<int>(rope.scaling), " ", rope.original_max_position);
+  for (const double value :
+       {static_cast<double>(config.rms_norm_eps), rope.theta, rope.factor, rope.low_freq_factor, rope.high_freq_factor,
+        rope.beta_fast, rope.beta_slow, rope.mscale, rope.mscale_all_dim, rope.attention_factor}) {
+    absl::StrAppendFormat(&text, " %.17g", value);
+  }
+  for (const int32_t window : config.sliding_window) absl::StrAppend(&text, " ", window);
+  return text;
+}
+
 class HuggingFaceCheckpoint : public Checkpoint {
  public:
   absl::Status Load(const std::string& model_dir) {
@@ -179,18 +196,19 @@ class HuggingFaceCheckpoint : public Checkpoint {
   }
 
  private:
-  // Every file of the folder's index, or model.safetensors alone; tensors by name.
+  // model.safetensors, which goes first in transformers too, or else every file of the folder's index; tensors by name.
   absl::Status OpenFiles(const std::string& model_dir) {
-    const std::string index_path = model_dir + "/model.safetensors.index.json";
-    if (!std::filesystem::exists(index_path)) {
-      RW_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(model_dir + "/model.safetensors"));
+    const std::string index_path = model_dir + "/model.safetensors.index.json",
+                      single = model_dir + "/model.safetensors";
+    if (std::filesystem::exists(single) || !std::filesystem::exists(index_path)) {
+      RW_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(single));
       files_.push_back(std::move(file));
       for (const auto& [name, tensor] : files_.back().tensors()) tensors_.emplace(name, tensor);
       return absl::OkStatus();
     }
     RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(index_path, kMaxIndexBytes));
-    const json index = json::parse(text, nullptr, /*allow_exceptions=*/false);
-    if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
+    RW_ASSIGN_OR_RETURN(const json index, ParseJsonObject(text, index_path));
+    if (!index.contains("weight_map") || !index["weight_map"].is_object()) {
       return absl::InvalidArgumentError(absl::StrCat(index_path, " has no weight_map"));
     }
     std::map<std::string, std::set<std::string>> names_in_file;
@@ -211,6 +229,19 @@ class HuggingFaceCheckpoint : public Checkpoint {
           return absl::InvalidArgumentError(absl::StrCat(file_name, " has no tensor ", name, ", as the index says"));
         }
         tensors_.emplace(name, found->second);
+      }
+    }
+    return CheckEachIsOnce();
+  }
+
+  absl::Status CheckEachIsOnce() const {
+    std::map<std::string, const SafetensorsFile*> holder;
+    for (const SafetensorsFile& file : files_) {
+      for (const auto& [name, tensor] : file.tensors()) {
+        const auto [found, is_new] = holder.emplace(name, &file);
+        if (is_new) continue;
+        return absl::InvalidArgumentError(
+            absl::StrCat("tensor ", name, " is in ", found->second->path(), " and in ", file.path()));
       }
     }
     return absl::OkStatus();
@@ -312,9 +343,7 @@ class HuggingFaceCheckpoint : public Checkpoint {
     XXH3_state_t* state = XXH3_createState();
     XXH3_64bits_reset(state);
     const auto add = [state](const std::string& text) { XXH3_64bits_update(state, text.data(), text.size()); };
-    add(absl::StrCat(config_.model_type, " ", config_.n_heads, " ", config_.n_kv_heads, " ", config_.head_dim, " ",
-                     config_.rms_norm_eps, " ", config_.rope.theta, " ", static_cast<int>(config_.rope.scaling), " ",
-                     config_.rope.factor, " ", config_.max_position));
+    add(Canonical(config_));
     for (const auto& [name, view] : matrices_) {
       add(absl::StrCat("\n", name, " ", kernels::DTypeName(view.dtype), " ", view.rows, " ", view.cols, " "));
       const int64_t bytes = view.rows * view.cols * kernels::DTypeBytes(view.dtype);

@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
+#include "worker/weights/model_config.h"
 #include "worker/weights/safetensors.h"
 
 namespace rankwise::weights {
@@ -89,9 +90,10 @@ class TensorList {
         Norm(attention + "k_norm", spec.head_dim);
       }
       Matrix(attention + (is_fused ? "wo" : "o_proj"), hidden, q, has_o_bias);
-      Matrix(mlp + (is_fused ? "w1" : "gate_proj"), spec.intermediate_size, hidden, false);
-      Matrix(mlp + (is_fused ? "w3" : "up_proj"), spec.intermediate_size, hidden, false);
-      Matrix(mlp + (is_fused ? "w2" : "down_proj"), hidden, spec.intermediate_size, false);
+      const bool has_mlp_bias = spec.has_mlp_bias && spec.model_type == "llama";
+      Matrix(mlp + (is_fused ? "w1" : "gate_proj"), spec.intermediate_size, hidden, has_mlp_bias);
+      Matrix(mlp + (is_fused ? "w3" : "up_proj"), spec.intermediate_size, hidden, has_mlp_bias);
+      Matrix(mlp + (is_fused ? "w2" : "down_proj"), hidden, spec.intermediate_size, has_mlp_bias);
     }
     Norm("model.norm", hidden);
     if (!spec.is_tied) Matrix(is_fused ? "output" : "lm_head", spec.vocab_size, hidden, false);
@@ -127,6 +129,7 @@ std::string ConfigJson(const RandomModelSpec& spec) {
                                          {"rms_norm_eps", 1e-5},
                                          {"attention_bias", spec.has_bias},
                                          {"bias", spec.has_bias},
+                                         {"mlp_bias", spec.has_mlp_bias},
                                          {"tie_word_embeddings", spec.is_tied},
                                          {"bos_token_id", 1},
                                          {"eos_token_id", 2}};
@@ -165,7 +168,14 @@ absl::Status WriteRandomModel(const std::string& folder, const RandomModelSpec& 
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error) return absl::InternalError(absl::StrCat("cannot create ", folder, ": ", error.message()));
-  RW_RETURN_IF_ERROR(WriteFileAtomically(folder + "/config.json", ConfigJson(spec)));
+  const std::string config = ConfigJson(spec);
+  RW_RETURN_IF_ERROR(ParseModelConfig(config).status());
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    const std::string name = entry.path().filename();
+    if (name.starts_with("model") && name.find(".safetensors") != std::string::npos)
+      std::filesystem::remove(entry, error);
+  }
+  RW_RETURN_IF_ERROR(WriteFileAtomically(folder + "/config.json", config));
   const char* dtype = spec.dtype == DType::kF32 ? "F32" : spec.dtype == DType::kF16 ? "F16" : "BF16";
   const TensorList list(spec, dtype);
   const int64_t element_bytes = kernels::DTypeBytes(spec.dtype);

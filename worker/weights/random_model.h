@@ -20,7 +20,8 @@ struct RandomModelSpec {
   int64_t intermediate_size = 172;
   int64_t vocab_size = 512;
   int64_t max_position = 512;
-  bool has_bias = false;  // attention_bias or bias, where the family has the choice
+  bool has_bias = false;      // attention_bias or bias, where the family has the choice
+  bool has_mlp_bias = false;  // llama alone
   bool is_tied = false;
   std::string extra_json;  // further keys of config.json: `"rope_scaling": {…}, "sliding_window": 16`
   kernels::DType dtype = kernels::DType::kF16;
@@ -31,8 +32,10 @@ struct RandomModelSpec {
 // Named shapes: "tiny", "tinyllama-1.1b", "llama-7b". NotFound otherwise.
 absl::StatusOr<RandomModelSpec> RandomModelShape(const std::string& name);
 
-// Writes config.json and model*.safetensors into `folder`, which is made. Matrices are N(0, 1 / n_in), norms are 1 with
-// a little noise, biases are small. The same spec gives the same bytes. `progress` gets bytes done and the whole.
+// Writes config.json and model*.safetensors into `folder`, which is made; weights and an index that were there before
+// go. InvalidArgument when the specification is no configuration that ParseModelConfig takes. Matrices are N(0, 1 /
+// n_in), norms are 1 with a little noise, biases are small. The same spec gives the same bytes. `progress` gets bytes
+// done and the whole.
 absl::Status WriteRandomModel(const std::string& folder, const RandomModelSpec& spec,
                               const std::function<void(int64_t, int64_t)>& progress = {});
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "worker/weights/json.h"
 
 namespace rankwise::weights {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 using nlohmann::json;
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
+constexpr int kDeepestHeader = 3;                  // an object of objects with arrays
 constexpr int64_t kMaxBytes = int64_t{1} << 50;
 
 // The product of the shape and the element size, or -1 when it is negative or too large to be real.
@@ -30,17 +32,15 @@ bool IsIndex(const json& value) {
   return value.is_number_unsigned() && value.get<uint64_t>() <= static_cast<uint64_t>(kMaxBytes);
 }
 
-// Callback of the JSON parser: a header is two levels of objects with arrays inside, and a name appears once.
-class HeaderShape {
+// Callback of the JSON parser: a name appears once.
+class Names {
  public:
   bool operator()(int depth, json::parse_event_t event, json& parsed) {
-    if (depth > 4) is_too_deep = true;
     if (event == json::parse_event_t::key && depth == 1) {
       if (!names_.insert(parsed.get<std::string>()).second) repeated = parsed.get<std::string>();
     }
     return true;
   }
-  bool is_too_deep = false;
   std::string repeated;
 
  private:
@@ -107,18 +107,14 @@ absl::Status SafetensorsFile::Parse() {
         absl::StrCat("header of ", header_bytes, " bytes, at most ", limit, " are possible"));
   }
   const char* text = reinterpret_cast<const char*>(bytes.data()) + sizeof header_bytes;
-  // The parser recurses, so hostile nesting is refused before it.
-  int64_t depth = 0;
-  for (const char c : std::string_view(text, header_bytes)) {
-    depth += (c == '[' || c == '{') - (c == ']' || c == '}');
-    if (depth > 64) return absl::InvalidArgumentError("header is nested too deeply");
+  if (NestsDeeperThan({text, header_bytes}, kDeepestHeader)) {
+    return absl::InvalidArgumentError("header is nested too deeply");
   }
-  HeaderShape shape;
-  const json header = json::parse(text, text + header_bytes, std::ref(shape), /*allow_exceptions=*/false);
-  if (!header.is_object() || shape.is_too_deep)
-    return absl::InvalidArgumentError("header is not the JSON of a safetensors file");
-  if (!shape.repeated.empty())
-    return absl::InvalidArgumentError(absl::StrCat("tensor ", shape.repeated, " appears twice"));
+  Names names;
+  const json header = json::parse(text, text + header_bytes, std::ref(names), /*allow_exceptions=*/false);
+  if (!header.is_object()) return absl::InvalidArgumentError("header is not the JSON of a safetensors file");
+  if (!names.repeated.empty())
+    return absl::InvalidArgumentError(absl::StrCat("tensor ", names.repeated, " appears twice"));
   const std::span<const std::byte> data = bytes.subspan(sizeof header_bytes + header_bytes);
   std::vector<std::pair<const std::byte*, const std::byte*>> extents;
   for (const auto& [name, entry] : header.items()) {

@@ -157,12 +157,16 @@ TEST_F(WeightsTest, AbsurdConfigurationsAreRefusedByName) {
 
 TEST_F(WeightsTest, FamiliesFollowTheirRules) {
   const auto parse = [](const std::string& family, const std::string& more) {
-    return *ParseModelConfig(
-        R"({"model_type":")" + family +
+    const auto config = ParseModelConfig(
+        R"({"num_key_value_heads":4,"model_type":")" + family +
         R"(","hidden_size":64,"num_hidden_layers":4,"num_attention_heads":8,"intermediate_size":64,"vocab_size":100)" +
         more + "}");
+    EXPECT_TRUE(config.ok()) << config.status();
+    return config.value_or(ModelConfig{.sliding_window = std::vector<int32_t>(4)});
   };
   EXPECT_FALSE(parse("llama", "").has_qkv_bias);
+  EXPECT_TRUE(parse("internlm2", "").has_o_bias);
+  EXPECT_FALSE(parse("internlm2", R"(,"bias":false)").has_qkv_bias);
   EXPECT_TRUE(parse("llama", R"(,"attention_bias":true)").has_o_bias);
   EXPECT_TRUE(parse("internlm", "").has_qkv_bias);
   EXPECT_TRUE(parse("internlm", "").has_o_bias);
