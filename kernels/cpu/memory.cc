@@ -14,13 +14,14 @@ void MemoryDeleter::operator()(std::byte* p) const { std::free(p); }
 absl::StatusOr<Memory> AllocateMemory(int64_t bytes) {
   constexpr int64_t kHugePage = int64_t{2} << 20;
   const bool is_huge = bytes >= kHugePage;
-  const int64_t alignment = is_huge ? kHugePage : 64;
-  const int64_t rounded = (bytes + 63) / 64 * 64;
-  auto* p = bytes < 0 ? nullptr : static_cast<std::byte*>(std::aligned_alloc(alignment, rounded > 0 ? rounded : 64));
-  if (p == nullptr) return absl::ResourceExhaustedError(absl::StrCat("no memory for ", bytes, " bytes"));
+  const int64_t rounded = bytes < 64 ? 64 : (bytes + 63) / 64 * 64;
+  void* p = nullptr;
+  if (bytes < 0 || posix_memalign(&p, is_huge ? kHugePage : 64, static_cast<size_t>(rounded)) != 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("no memory for ", bytes, " bytes"));
+  }
   // Advice: a kernel without huge pages refuses it and only speed is lost.
   if (is_huge) madvise(p, static_cast<size_t>(rounded), MADV_HUGEPAGE);
-  return Memory(p);
+  return Memory(static_cast<std::byte*>(p));
 }
 
 float* Scratch::Reserve(int64_t floats) {
