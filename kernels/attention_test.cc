@@ -12,7 +12,8 @@
 namespace rankwise::kernels {
 namespace {
 
-constexpr KvFormat kFormats[] = {KvFormat::kF32, KvFormat::kF16, KvFormat::kInt8};
+constexpr KvFormat kFormats[] = {KvFormat::kF32, KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online,
+                                 KvFormat::kInt4Online};
 
 // One request of `context` positions with its Q, K and V, in shuffled blocks of a pool that others have used before.
 struct Request {
@@ -36,14 +37,21 @@ struct Request {
 
   int64_t q_width() const { return int64_t{shape.n_heads_local} * shape.head_dim; }
   int64_t width() const { return q_width() + 2 * int64_t{shape.n_kv_heads_local} * shape.head_dim; }
-  float Stored(float x, float scale, float zero_point) const {
-    if (format == KvFormat::kF32) return x;
-    if (format == KvFormat::kF16) return HalfToFloat(QuantizeF16(x).value);
-    return static_cast<float>(QuantizeInt8(x, scale, zero_point).value) * scale + zero_point;
+  // The parts that a stored value is computed from, in size: |q scale| + |zero|, of element `dim` of a head's K or V.
+  double SizeOf(const float* x, int64_t dim, float scale, float zero_point) const {
+    if (format == KvFormat::kF32) return std::fabs(x[dim]);
+    if (format == KvFormat::kF16) return std::fabs(HalfToFloat(QuantizeF16(x[dim]).value));
+    if (format == KvFormat::kInt8) {
+      return std::fabs(QuantizeInt8(x[dim], scale, zero_point).value * scale) + std::fabs(zero_point);
+    }
+    const auto [min, max] = std::minmax_element(x, x + shape.head_dim);
+    const float levels = OnlineLevels(format);
+    const OnlineRange range = OnlineRangeOf(*min, *max, levels);
+    return QuantizeOnline(x[dim], range, levels).value * HalfToFloat(range.scale) + std::fabs(HalfToFloat(range.zero));
   }
 };
 
-// A backend with a pool in which every value of every block is NaN, or for int8 an extreme.
+// A backend with a pool in which every value of every block is NaN, or an extreme where NaN cannot be stored.
 class Session {
  public:
   Session(const std::string& name, int threads, const Request& request) : backend_(MakeBackend(name, threads)) {
@@ -58,7 +66,8 @@ class Session {
     if (request.format == KvFormat::kInt8) {
       EXPECT_TRUE(backend_->SetKvScales(*pool_, request.scales).ok());
     }
-    const float dirt = request.format == KvFormat::kInt8 ? 1e6f : std::numeric_limits<float>::quiet_NaN();
+    const bool has_nan = request.format == KvFormat::kF32 || request.format == KvFormat::kF16;
+    const float dirt = has_nan ? std::numeric_limits<float>::quiet_NaN() : 1e6f;
     Step step;
     step.Add(0, blocks * kKvBlockTokens, request.blocks);
     std::vector<float> qkv(step.row_count() * request.width(), dirt);
@@ -100,7 +109,6 @@ double Bound(const Request& r, int32_t position, int head) {
   const int64_t dims = r.shape.head_dim;
   const int kv_head = head / (r.shape.n_heads_local / r.shape.n_kv_heads_local);
   const KvHeadScales& s = r.scales[kv_head];
-  const bool is_int8 = r.format == KvFormat::kInt8;
   const float* q = r.qkv.data() + position * r.width() + head * dims;
   const int32_t first = r.shape.sliding_window > 0 ? std::max(0, position - r.shape.sliding_window + 1) : 0;
   double largest_score = 0, largest_value = 0;
@@ -109,14 +117,8 @@ double Bound(const Request& r, int32_t position, int head) {
     const float* v = k + r.shape.n_kv_heads_local * dims;
     double score = 0;
     for (int64_t d = 0; d < dims; ++d) {
-      const double k_size = is_int8 ? std::fabs(QuantizeInt8(k[d], s.k_scale, s.k_zero_point).value * s.k_scale) +
-                                          std::fabs(s.k_zero_point)
-                                    : std::fabs(r.Stored(k[d], 1, 0));
-      const double v_size = is_int8 ? std::fabs(QuantizeInt8(v[d], s.v_scale, s.v_zero_point).value * s.v_scale) +
-                                          std::fabs(s.v_zero_point)
-                                    : std::fabs(r.Stored(v[d], 1, 0));
-      score += std::fabs(q[d]) * k_size;
-      largest_value = std::max(largest_value, v_size);
+      score += std::fabs(q[d]) * r.SizeOf(k, d, s.k_scale, s.k_zero_point);
+      largest_value = std::max(largest_value, r.SizeOf(v, d, s.v_scale, s.v_zero_point));
     }
     largest_score = std::max(largest_score, score * r.shape.score_scale);
   }
@@ -181,9 +183,15 @@ TEST_P(AttentionTest, IsExactWhenAllWeightsAreOne) {
   for (KvFormat format : kFormats) {
     Request request(Shape(2, 1, 24), format, 700, random);
     request.scales.assign(1, {.k_scale = 1, .k_zero_point = 0, .v_scale = 1, .v_zero_point = 0});
-    request.qkv = random.Ints(request.context * request.width(), -100, 100);
+    const bool is_online = IsOnline(format);
+    request.qkv = is_online ? random.Ints(request.context * request.width(), 0, static_cast<int>(OnlineLevels(format)))
+                            : random.Ints(request.context * request.width(), -100, 100);
     for (int64_t i = 0; i < static_cast<int64_t>(request.qkv.size()); ++i) {
-      if (i % request.width() < request.q_width()) request.qkv[i] = 0;
+      const int64_t dim = i % request.width();
+      if (dim < request.q_width()) request.qkv[i] = 0;
+      // A whole range, so that the scale is 1.
+      if (is_online && dim % 24 == 0) request.qkv[i] = 0;
+      if (is_online && dim >= request.q_width() && dim % 24 == 1) request.qkv[i] = OnlineLevels(format);
     }
     Session reference("reference", 1, request), cpu(GetParam(), 3, request);
     EXPECT_EQ(cpu.Run(request, 0, 700), reference.Run(request, 0, 700));

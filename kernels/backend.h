@@ -55,7 +55,21 @@ class PackedMatrix {
 // One row-major table [vocab, hidden] whose rows are looked up where they lie (borrowed for the backend's life).
 using EmbeddingTable = MatrixView;
 
-enum class KvFormat : uint8_t { kF32, kF16, kInt8 };
+// kInt8 is static: its parameters are given once per head. The online formats choose a range for every token, KV head
+// and tensor from the values themselves and keep it beside them as two f16, so that they need no calibration:
+//   zero = round_down_f16(min), scale = round_up_f16((max - zero) / levels), levels = 255 or 15
+//   q = round_half_even((x - zero) / scale) in [0, levels], x ≈ q * scale + zero
+// Values beyond the largest f16 are clamped before the range is taken; NaN is stored as q = 0.
+enum class KvFormat : uint8_t { kF32, kF16, kInt8, kInt8Online, kInt4Online };
+inline constexpr int kKvFormatCount = 5;
+inline constexpr int kLargestHeadDim = 1024;
+constexpr bool IsOnline(KvFormat format) { return format == KvFormat::kInt8Online || format == KvFormat::kInt4Online; }
+struct OnlineRange {
+  uint16_t scale, zero;  // f16
+};
+constexpr float OnlineLevels(KvFormat format) { return format == KvFormat::kInt4Online ? 15.0f : 255.0f; }
+// Bytes of one token of one KV head of K, or of V, before any padding of a backend.
+int64_t KvVectorBytes(KvFormat format, int64_t head_dim);
 
 // Tokens in one block of the paged cache: one AVX-512 register of f32, so that a block's scores need no horizontal sum.
 inline constexpr int kKvBlockTokens = 16;
@@ -87,10 +101,12 @@ class KvPool {
   virtual const KvShape& shape() const = 0;
   virtual int32_t block_count() const = 0;
   virtual int64_t bytes() const = 0;
-  // Values that fell outside int8 (NaN among them, stored as q = 0) or beyond the largest f16 since the start, per
-  // layer: K and V together. They are stored clamped.
+  // Values that fell outside a static int8 range (NaN among them, stored as q = 0) or, in the other formats below f32,
+  // beyond the largest f16 (with NaN in the online ones), since the start, per layer: K and V together. They are stored
+  // clamped.
   virtual std::vector<int64_t> SaturatedCounts() const = 0;
-  // The bytes of one block and layer in a canonical order (K [heads, tokens, dim], then V likewise), for tests.
+  // The bytes of one block and layer in a canonical order, for tests: K [heads, tokens, dim], then V likewise, one byte
+  // per int4; online formats then have {scale, zero} as f16 [K and V, heads, tokens].
   virtual std::vector<std::byte> BlockBytes(int layer, int32_t block) const = 0;
 };
 

@@ -115,11 +115,12 @@ struct Bench {
                            }) /
                            kLayers;
     const double tokens_read = static_cast<double>(context) * requests;
-    const int element_bytes = format == KvFormat::kInt8 ? 1 : format == KvFormat::kF16 ? 2 : 4;
+    constexpr const char* kNames[kKvFormatCount] = {"f32", "f16", "int8", "int8-online", "int4-online"};
     char what[64];
-    std::snprintf(what, sizeof(what), "attention %s, context %d x %d", format == KvFormat::kInt8 ? "int8" : "f16",
-                  context, requests);
-    Print(what, seconds, tokens_read * 2 * 4 * 64 * element_bytes, tokens_read * 2 * 2 * 32 * 64);
+    std::snprintf(what, sizeof(what), "attention %s, context %d x %d", kNames[static_cast<int>(format)], context,
+                  requests);
+    Print(what, seconds, tokens_read * 2 * 4 * static_cast<double>(KvVectorBytes(format, 64)),
+          tokens_read * 2 * 2 * 32 * 64);
   }
 };
 
@@ -135,7 +136,7 @@ int Main(int argc, char** argv) {
   std::printf("%s; medians of %d\n", (*backend)->Description().c_str(), kRepeats);
   const Bench bench{options.threads, **backend};
   bench.MatMuls();
-  for (KvFormat format : {KvFormat::kF16, KvFormat::kInt8}) {
+  for (KvFormat format : {KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online, KvFormat::kInt4Online}) {
     for (int32_t context : {2048, 8192}) bench.DecodeAttention(format, context, 1);
     bench.DecodeAttention(format, 2048, 8);
   }

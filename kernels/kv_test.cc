@@ -11,7 +11,8 @@
 namespace rankwise::kernels {
 namespace {
 
-constexpr KvFormat kFormats[] = {KvFormat::kF32, KvFormat::kF16, KvFormat::kInt8};
+constexpr KvFormat kFormats[] = {KvFormat::kF32, KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online,
+                                 KvFormat::kInt4Online};
 
 // Two segments in shuffled blocks, two layers of which the second is written.
 struct Append {
@@ -148,7 +149,10 @@ TEST(KvAppendTest, CountsWhatSaturates) {
       a.qkv[80 + 4] = 127.5f;   // rounds to 128
       a.qkv[80 + 39] = -70000.0f;
       const Result result = RunOn(name, 2, a, /*has_norm=*/false);
-      const int64_t expected = format == KvFormat::kInt8 ? 5 : format == KvFormat::kF16 ? 3 : 0;
+      const int64_t expected = format == KvFormat::kF32    ? 0
+                               : format == KvFormat::kF16  ? 3
+                               : format == KvFormat::kInt8 ? 5
+                                                           : 4;  // NaN too
       EXPECT_THAT(result.saturated, testing::ElementsAre(0, expected)) << name;
       if (format != KvFormat::kInt8) continue;
       // [2 layers][8 blocks][K, V][2 heads][16 tokens][20]
@@ -161,6 +165,55 @@ TEST(KvAppendTest, CountsWhatSaturates) {
       EXPECT_EQ(at(1, 0, 3), -128);
       EXPECT_EQ(at(1, 0, 4), 127);
       EXPECT_EQ(at(1, 1, 19), -128);
+    }
+  }
+}
+
+// The formula of KvFormat, on vectors chosen by hand and at random, without a look at how it is computed.
+TEST(OnlineRangeTest, HoldsEveryValueWithinHalfAStep) {
+  Random random(TestSeed());
+  std::vector<std::vector<float>> vectors{{0, 0, 0},      {-0.0f, 0},       {3, 3},
+                                          {0.1f, 0.1f},   {-1e-7f, 1e-7f},  {-65504, 65504},
+                                          {65504, 65504}, {1000, 1000.25f}, {-5, -4.999f}};
+  for (int i = 0; i < 200; ++i) {
+    const float size = std::exp2(random.Uniform(-20, 14)), offset = random.Uniform(-2, 2) * size;
+    vectors.push_back(random.Floats(16, offset - size, offset + size));
+  }
+  for (const auto& values : vectors) {
+    const float min = *std::min_element(values.begin(), values.end());
+    const float max = *std::max_element(values.begin(), values.end());
+    for (const float levels : {15.0f, 255.0f}) {
+      const OnlineRange range = OnlineRangeOf(min, max, levels);
+      const double scale = HalfToFloat(range.scale), zero = HalfToFloat(range.zero);
+      // Both are the nearest f16 on their side.
+      EXPECT_LE(zero, min);
+      EXPECT_GE(zero + scale * levels, max);
+      EXPECT_GT(HalfToFloat(NextHalf(range.zero, true)), min);
+      if (scale > 0) {
+        EXPECT_LT(HalfToFloat(NextHalf(range.scale, false)) * levels, static_cast<float>(max - zero));
+      }
+      for (const float x : values) {
+        const auto stored = QuantizeOnline(x, range, levels);
+        EXPECT_FALSE(stored.saturated);
+        // Half a step, and what rounding (x - zero) / scale in f32 can move at a tie.
+        EXPECT_LE(std::fabs(stored.value * scale + zero - x), 0.5 * scale * (1 + levels * 0x1p-22))
+            << x << " " << levels;
+      }
+    }
+  }
+}
+
+TEST(OnlineRangeTest, NegativeZeroIsZero) { EXPECT_EQ(OnlineRangeOf(-0.0f, 1.0f, 255).zero, 0); }
+
+TEST(KvPoolTest, OnlineFormatsCostFourBytesPerVector) {
+  EXPECT_EQ(KvVectorBytes(KvFormat::kInt8Online, 128), 132);
+  EXPECT_EQ(KvVectorBytes(KvFormat::kInt4Online, 128), 68);
+  for (KvFormat format : kFormats) {
+    for (const std::string& name : BackendNames()) {
+      const auto backend = MakeBackend(name);
+      const KvShape shape{.n_layers = 3, .n_kv_heads_local = 2, .head_dim = 128, .format = format};
+      const auto pool = *backend->CreateKvPool(shape, 5);
+      EXPECT_EQ(pool->bytes(), 3 * 2 * 5 * kKvBlockTokens * 2 * KvVectorBytes(format, 128));
     }
   }
 }

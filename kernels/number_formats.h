@@ -49,4 +49,31 @@ inline Stored<uint16_t> QuantizeF16(float x) {
   return {FloatToHalf(x), false};
 }
 
+// The f16 next to `bits` (finite, not the last one) towards +infinity, or towards -infinity.
+inline uint16_t NextHalf(uint16_t bits, bool is_up) {
+  const bool is_negative = (bits & 0x8000) != 0;
+  if ((bits & 0x7fff) == 0) return is_up ? 0x0001 : 0x8001;
+  return static_cast<uint16_t>(bits + (is_negative == is_up ? -1 : 1));
+}
+
+// The range of values in [min, max], both within the f16 range, in `levels` steps; KvFormat gives the formula. Scalar
+// and shared by all backends, so that they store the same bits.
+inline OnlineRange OnlineRangeOf(float min, float max, float levels) {
+  uint16_t zero = FloatToHalf(min + 0.0f);  // -0 becomes 0
+  if (HalfToFloat(zero) > min) zero = NextHalf(zero, /*is_up=*/false);
+  const float step = (max - HalfToFloat(zero)) / levels;
+  uint16_t scale = FloatToHalf(step);
+  if (HalfToFloat(scale) < step) scale = NextHalf(scale, /*is_up=*/true);
+  return {.scale = scale, .zero = zero};
+}
+
+// NaN becomes 0. A scale of 0 belongs to a constant that f16 holds: q = 0.
+inline Stored<uint8_t> QuantizeOnline(float x, OnlineRange range, float levels) {
+  const bool is_outside = !(std::fabs(x) <= 65504.0f);
+  const float scale = HalfToFloat(range.scale);
+  const float q = std::nearbyint((x - HalfToFloat(range.zero)) / (scale > 0 ? scale : 1.0f));
+  if (!(q > 0)) return {0, is_outside};
+  return {static_cast<uint8_t>(q < levels ? q : levels), is_outside};
+}
+
 }  // namespace rankwise::kernels

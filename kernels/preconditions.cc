@@ -53,7 +53,8 @@ absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const 
 }
 
 absl::Status CheckKvShape(const KvShape& shape, int32_t block_count) {
-  if (shape.n_layers < 1 || shape.n_kv_heads_local < 1 || shape.head_dim < 1 || block_count < 1) {
+  if (shape.n_layers < 1 || shape.n_kv_heads_local < 1 || shape.head_dim < 1 || shape.head_dim > kLargestHeadDim ||
+      block_count < 1) {
     return absl::InvalidArgumentError(absl::StrCat("not a KV cache: n_layers=", shape.n_layers,
                                                    " n_kv_heads_local=", shape.n_kv_heads_local,
                                                    " head_dim=", shape.head_dim, " block_count=", block_count));
@@ -61,8 +62,25 @@ absl::Status CheckKvShape(const KvShape& shape, int32_t block_count) {
   return absl::OkStatus();
 }
 
+int64_t KvVectorBytes(KvFormat format, int64_t head_dim) {
+  constexpr int64_t kOnlineParameters = 4;
+  switch (format) {
+    case KvFormat::kF32:
+      return head_dim * 4;
+    case KvFormat::kF16:
+      return head_dim * 2;
+    case KvFormat::kInt8:
+      return head_dim;
+    case KvFormat::kInt8Online:
+      return head_dim + kOnlineParameters;
+    case KvFormat::kInt4Online:
+      return (head_dim + 1) / 2 + kOnlineParameters;
+  }
+  return 0;
+}
+
 absl::Status CheckKvScales(const KvShape& shape, std::span<const KvHeadScales> scales) {
-  if (shape.format != KvFormat::kInt8) return absl::FailedPreconditionError("KV scales belong to an int8 cache");
+  if (shape.format != KvFormat::kInt8) return absl::FailedPreconditionError("KV scales belong to a static int8 cache");
   const int64_t expected = int64_t{shape.n_layers} * shape.n_kv_heads_local;
   if (static_cast<int64_t>(scales.size()) != expected) {
     return absl::InvalidArgumentError(absl::StrCat("got ", scales.size(), " KV scales, expected n_layers=",

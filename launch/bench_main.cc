@@ -286,7 +286,7 @@ absl::Status BenchEngine(Flags& flags, kernels::Backend& backend, comm::Communic
 
 void AddCommonFlags(CLI::App& app, Flags& flags) {
   app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors")->required();
-  app.add_option("--kv", flags.rank.kv, "f32, f16, int8 or int8-head")->capture_default_str();
+  app.add_option("--kv", flags.rank.kv, "f32, f16, int8, int8-head, int8-online or int4-online")->capture_default_str();
   app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote");
   app.add_option("--threads", flags.cpu.threads, "CPU threads per rank")->default_str("CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512");

@@ -107,7 +107,7 @@ void AddServe(CLI::App& app, Action& action) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_option("--kv", flags->kv, "How keys and values are stored")
-      ->check(CLI::IsMember({"f16", "f32", "int8", "int8-head"}))
+      ->check(CLI::IsMember({"f16", "f32", "int8", "int8-head", "int8-online", "int4-online"}))
       ->capture_default_str();
   command->add_option("--kv-scales", flags->kv_scales, "Folder with the int8 scales")->check(CLI::ExistingDirectory);
   command->add_option("--listen", flags->listen, "HOST:PORT; port 0 takes a free one")->capture_default_str();

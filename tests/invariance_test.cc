@@ -209,7 +209,8 @@ TEST_P(InvarianceTest, AnyTensorParallelDegree) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(KvFormats, InvarianceTest, ::testing::Values("f32", "f16", "int8", "int8-head"),
+INSTANTIATE_TEST_SUITE_P(KvFormats, InvarianceTest,
+                         ::testing::Values("f32", "f16", "int8", "int8-head", "int8-online", "int4-online"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::erase(name, '-');

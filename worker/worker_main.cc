@@ -55,7 +55,10 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--coordinator-file", flags.coordinator_file,
                  "File that the coordinator's --endpoint-file writes; waits for it to appear");
   app.add_option("--device", flags.device, "auto, cpu or cuda")->capture_default_str();
-  app.add_option("--kv", flags.rank.kv, "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head")
+  app.add_option(
+         "--kv", flags.rank.kv,
+         "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head (and per KV head), int8-online, "
+         "int4-online (a range per token and head, no calibration)")
       ->capture_default_str();
   app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote, for int8 and int8-head");
   app.add_option("--kv-memory", flags.kv_memory, "Bytes of KV cache per rank, e.g. 512M or 4G")

@@ -6,18 +6,21 @@
 namespace rankwise::kernels::RW_ISA {
 
 // Attention of consecutive rows of one request over the blocks of one KV head, 512 positions ("a split") at a time.
-//   s[t] = (q · k[t]) * (k_scale * score_scale) + k_zero_point * Σq * score_scale     (f32 and f16: scale 1, zero 0)
+//   s[t] = (q · k[t]) * (k_scale * score_scale) + k_zero_point * (Σq * score_scale)   (f32 and f16: scale 1, zero 0)
 //   a split keeps m = max s, l = Σ exp(s - m), o = Σ exp(s - m) v[t]; splits merge in the order of positions
 //   out = o / l * v_scale + v_zero_point
+// Online formats have scales and zeros of each position: k's enter s[t] alike, and
+//   z = Σ exp(s - m) v_zero[t], o = Σ (exp(s - m) v_scale[t]) v[t], out = (o + z) / l
 // Shapes   a vector is one (row, query head); q [vectors, head_dim]; K block [head_dim, 16], V block [16, padded_dim]
 // of T Order    q · k: one fma chain over dims, a lane per position. l: sixteen chains over positions mod 16, then
 // SumLanes.
-//          o: one fma chain over positions, a lane per dim. All from 0 in each split, and splits start at multiples of
-//          512 whatever the row: a vector's bits depend on its row and context only.
+//          z like l. o: one fma chain over positions, a lane per dim. All from 0 in each split, and splits start at
+//          multiples of 512 whatever the row: a vector's bits depend on its row and context only.
 // Rounding S = max_t |s[t]|' where ' sums absolute values (Σ_d |q k_stored| k_scale + |k_zero_point| Σ|q|) *
 // score_scale;
 //          e = 2 (head_dim + 8) 2^-24 S + 2^-22 is the relative error of one weight; n = positions, V = max |v| or, for
-//          int8, max |v_q| v_scale + |v_zero_point|: |out - exact| <= (2 e + (2 min(n, 512) + 8 splits + 8) 2^-24) V
+//          quantised, max |v_q| v_scale + |v_zero_point|: |out - exact| <= (2 e + (2 min(n, 512) + 8 splits + 8) 2^-24)
+//          V
 // Garbage  positions outside a vector's window are never summed: their scores are replaced, their V is not read
 
 inline constexpr int kVectorsAtOnce = kAccumulators >= 24 ? 8 : 4;
@@ -25,8 +28,9 @@ inline constexpr int kSums = kAccumulators >= 24 ? 16 : 4;
 
 // The softmax state of `count` vectors.
 struct State {
-  float *max, *sum, *values;  // [count], [count], [count, padded_dim]
-  State(float* floats, int64_t count) : max(floats), sum(floats + count), values(floats + 2 * count) {}
+  float *max, *sum, *zeros, *values;  // [count] each, [count, padded_dim]
+  State(float* floats, int64_t count)
+      : max(floats), sum(floats + count), zeros(floats + 2 * count), values(floats + 3 * count) {}
 };
 
 struct Range {
@@ -34,6 +38,12 @@ struct Range {
   bool empty() const { return begin >= end; }
 };
 inline Range Intersect(Range a, Range b) { return {Larger(a.begin, b.begin), Smaller(a.end, b.end)}; }
+
+inline const OnlineBlock& OnlineOf(const AttentionTile& tile, int32_t block) {
+  return *reinterpret_cast<const OnlineBlock*>(tile.blocks + tile.block_table[block] * tile.block_bytes +
+                                               tile.online_offset);
+}
+inline Vec Load(const uint16_t (&halves)[kKvBlockTokens]) { return LoadF16(halves); }
 
 // The positions row `row` of the tile attends, of those in `split`.
 inline Range RowRange(const AttentionTask& task, const AttentionTile& tile, int32_t row, int32_t split) {
@@ -64,7 +74,7 @@ inline void Score(const T* const* keys, const float* q, int32_t head_dim, float*
   for (int32_t d = 0; d < head_dim; ++d) {
     Vec k[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) k[b] = Load(keys[b] + d * kKvBlockTokens);
+    for (int b = 0; b < B; ++b) k[b] = Load(At(keys[b], d * kKvBlockTokens));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Vec broadcast = Set(q[d * M + m]);
@@ -101,12 +111,12 @@ inline void SumValues(const AttentionTask& task, const AttentionTile& tile, Rang
   }
   for (int32_t t = range.begin; t < range.end;) {
     const int32_t block = t / kKvBlockTokens;
-    const T* v = ValuesOf<T>(tile, block) + int64_t{t % kKvBlockTokens} * task.padded_dim + dim;
+    const T* v = At(ValuesOf<T>(tile, block), int64_t{t % kKvBlockTokens} * task.padded_dim + dim);
     const int32_t end = Smaller(range.end, (block + 1) * kKvBlockTokens);
-    for (; t < end; ++t, v += task.padded_dim) {
+    for (; t < end; ++t, v = At(v, task.padded_dim)) {
       Vec row[D];
 #pragma GCC unroll 4
-      for (int d = 0; d < D; ++d) row[d] = Load(v + d * 16);
+      for (int d = 0; d < D; ++d) row[d] = Load(At(v, d * 16));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const Vec p = Set(weights[m * kScoreStride + t - origin]);
@@ -196,27 +206,29 @@ void ScoreSplit(const Split& split, Range positions, const float* q) {
   }
 }
 
-// s = dot * factor + offset of every score.
+// s = dot * factor + offset of a score; online formats multiply both with the position's scale and zero.
 struct Fold {
   float factor, offset;
 };
 template <typename T>
 inline Fold FoldOf(const Split& split, int32_t vector) {
-  if constexpr (sizeof(T) != 1) return {split.task.score_scale, 0.0f};
+  if constexpr (!kIsOnline<T> && !kIsStatic<T>) return {split.task.score_scale, 0.0f};
   const float* q = split.QueryOf(vector);
   Vec sum = Zero();
   for (int32_t d = 0; d < split.task.head_dim; d += 16) {
     sum = Add(sum, LoadFirst(q + d, Smaller(16, split.task.head_dim - d)));
   }
+  if constexpr (kIsOnline<T>) return {split.task.score_scale, SumLanes(sum) * split.task.score_scale};
   const KvHeadScales& scales = split.tile.scales;
   return {scales.k_scale * split.task.score_scale, scales.k_zero_point * SumLanes(sum) * split.task.score_scale};
 }
 
-// Turns a vector's scores into exp(s - max), and sets max and sum.
-inline void Softmax(const Split& split, int32_t vector, Fold fold, State state) {
+// Turns a vector's scores into the weights of its values, and sets max, sum and zeros.
+template <typename T>
+void Softmax(const Split& split, int32_t vector, Fold fold, State state) {
   const Range range = split.RangeOf(vector);
   if (range.empty()) {
-    state.max[vector] = state.sum[vector] = 0;
+    state.max[vector] = state.sum[vector] = state.zeros[vector] = 0;
     return;
   }
   float* scores = split.scores + int64_t{vector} * kScoreStride - split.origin();
@@ -224,7 +236,13 @@ inline void Softmax(const Split& split, int32_t vector, Fold fold, State state) 
   const int32_t first = range.begin / kKvBlockTokens * kKvBlockTokens;
   Vec max = nothing;
   for (int32_t t = first; t < range.end; t += kKvBlockTokens) {
-    Vec s = Fma(Load(scores + t), factor, offset);
+    Vec s;
+    if constexpr (kIsOnline<T>) {
+      const OnlineBlock& online = OnlineOf(split.tile, t / kKvBlockTokens);
+      s = Fma(Load(scores + t), Mul(Load(online.k_scale), factor), Mul(Load(online.k_zero), offset));
+    } else {
+      s = Fma(Load(scores + t), factor, offset);
+    }
     if (t < range.begin || t + kKvBlockTokens > range.end) {
       s = Select(Lanes(Larger(0, range.begin - t), Smaller(kKvBlockTokens, range.end - t)), s, nothing);
     }
@@ -233,13 +251,19 @@ inline void Softmax(const Split& split, int32_t vector, Fold fold, State state) 
   }
   state.max[vector] = MaxLane(max);
   const Vec shift = Set(-state.max[vector]);
-  Vec sum = Zero();
+  Vec sum = Zero(), zeros = Zero();
   for (int32_t t = first; t < range.end; t += kKvBlockTokens) {
-    const Vec p = Exp(Add(Load(scores + t), shift));
-    Store(scores + t, p);
+    Vec p = Exp(Add(Load(scores + t), shift));
     sum = Add(sum, p);
+    if constexpr (kIsOnline<T>) {
+      const OnlineBlock& online = OnlineOf(split.tile, t / kKvBlockTokens);
+      zeros = Fma(p, Load(online.v_zero), zeros);
+      p = Mul(p, Load(online.v_scale));
+    }
+    Store(scores + t, p);
   }
   state.sum[vector] = SumLanes(sum);
+  state.zeros[vector] = SumLanes(zeros);
 }
 
 // Values of one run of vectors. Rows of a run differ in their windows: what all attend is summed together, the ragged
@@ -276,7 +300,7 @@ void AttendSplit(const AttentionTask& task, const AttentionTile& tile, int32_t i
     TransposeQueries(split, q);
     ScoreSplit<T>(split, positions, q);
   }
-  for (int32_t v = 0; v < vectors; ++v) Softmax(split, v, FoldOf<T>(split, v), state);
+  for (int32_t v = 0; v < vectors; ++v) Softmax<T>(split, v, FoldOf<T>(split, v), state);
   ForRuns(vectors, [&](int32_t first, auto run) { SumRun<T, run.kCount>(split, first, state.values); });
 }
 
@@ -289,6 +313,7 @@ inline void MergeSplit(int64_t vectors, int64_t padded_dim, float* state_floats,
     const float keep = is_first ? 0.0f : Exp(state.max[v] - max), gain = is_first ? 1.0f : Exp(split.max[v] - max);
     state.max[v] = max;
     state.sum[v] = __builtin_fmaf(split.sum[v], gain, state.sum[v] * keep);
+    state.zeros[v] = __builtin_fmaf(split.zeros[v], gain, state.zeros[v] * keep);
     for (int64_t d = v * padded_dim; d < (v + 1) * padded_dim; d += 16) {
       Store(state.values + d, Fma(Load(split.values + d), Set(gain), Mul(Load(state.values + d), Set(keep))));
     }
@@ -304,8 +329,10 @@ void FinishAttention(const AttentionTask& task, const AttentionTile& tile, const
                  (tile.kv_head * task.group + v % task.group) * int64_t{task.head_dim};
     const float* values = state.values + int64_t{v} * task.padded_dim;
     for (int32_t d = 0; d < task.head_dim; d += 16) {
-      Vec x = Div(Load(values + d), Set(state.sum[v]));
-      if constexpr (sizeof(T) == 1) x = Fma(x, Set(tile.scales.v_scale), Set(tile.scales.v_zero_point));
+      Vec x = Load(values + d);
+      if constexpr (kIsOnline<T>) x = Add(x, Set(state.zeros[v]));
+      x = Div(x, Set(state.sum[v]));
+      if constexpr (kIsStatic<T>) x = Fma(x, Set(tile.scales.v_scale), Set(tile.scales.v_zero_point));
       StoreFirst(out + d, x, Smaller(16, task.head_dim - d));
     }
   }

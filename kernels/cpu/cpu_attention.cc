@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/number_formats.h"
 
 // RopeAppend and Attention of the CPU backend: how their work is cut for the team.
 namespace rankwise::kernels {
@@ -36,7 +37,8 @@ absl::Status CpuBackend::RopeAppend(float* qkv, const AttentionShape& shape, con
                       .sin = rope.sin.data(),
                       .q_norm = q_norm,
                       .k_norm = k_norm,
-                      .norm_eps = norm_eps};
+                      .norm_eps = norm_eps,
+                      .online_range = OnlineRangeOf};
   if (observation) {
     task.k_min = observation->k_min.data();
     task.k_max = observation->k_max.data();
@@ -47,13 +49,19 @@ absl::Status CpuBackend::RopeAppend(float* qkv, const AttentionShape& shape, con
   const int64_t rows = step_.row_count(), heads = shape.n_kv_heads_local;
   // One head's minima and maxima belong to one thread.
   const int64_t piece = observation ? rows : kAppendRows;
+  // Nor may two threads write to one block: two tokens of an int4 block share a byte.
+  const auto block_begin = [&](int64_t row) {
+    while (row < rows && step_.slot(row) != 0 && step_.segment(row) == step_.segment(row - 1)) ++row;
+    return row;
+  };
   const auto body = [&](int64_t item, int) {
     const int head = static_cast<int>(item % heads);
-    const int64_t begin = item / heads * piece;
+    const int64_t begin = item / heads * piece, end = std::min(begin + piece, rows);
     int64_t saturated = 0;
-    for (int64_t row = begin; row < std::min(begin + piece, rows); ++row) {
+    for (int64_t row = begin == 0 ? 0 : block_begin(begin); row < block_begin(end); ++row) {
       std::byte* block = kv.Head(layer, head) + step_.block(row) * kv.block_bytes();
-      const KvSlot slot{block, block + kv.v_offset(), step_.slot(row), kv.scales(layer, head)};
+      const KvSlot slot{block, block + kv.v_offset(), step_.slot(row), kv.scales(layer, head),
+                        &kv.Online(layer, head, step_.block(row))};
       saturated += append(task, row, step_.position(row), head, slot);
     }
     if (saturated > 0) kv.AddSaturated(layer, saturated);
@@ -98,6 +106,7 @@ AttentionTile CpuBackend::TileOf(const RowTile& rows, const CpuKvPool& pool, int
           .blocks = reinterpret_cast<const char*>(pool.Head(layer, head)),
           .block_bytes = pool.block_bytes(),
           .v_offset = pool.v_offset(),
+          .online_offset = pool.online_offset(),
           .kv_head = head,
           .scales = pool.scales(layer, head)};
 }

@@ -10,14 +10,18 @@ namespace {
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-int32_t ElementBytes(KvFormat format) {
+// Of whole vectors of sixteen.
+int64_t ElementsBytes(KvFormat format, int64_t count) {
   switch (format) {
     case KvFormat::kF32:
-      return 4;
+      return count * 4;
     case KvFormat::kF16:
-      return 2;
+      return count * 2;
     case KvFormat::kInt8:
-      return 1;
+    case KvFormat::kInt8Online:
+      return count;
+    case KvFormat::kInt4Online:
+      return count / 2;
   }
   return 0;
 }
@@ -27,10 +31,10 @@ int32_t ElementBytes(KvFormat format) {
 CpuKvPool::CpuKvPool(const KvShape& shape, int32_t block_count)
     : shape_(shape),
       block_count_(block_count),
-      element_bytes_(ElementBytes(shape.format)),
       padded_dim_(static_cast<int32_t>(RoundUp(shape.head_dim, 16))),
-      v_offset_(RoundUp(int64_t{shape.head_dim} * kKvBlockTokens * element_bytes_, 64)),
-      block_bytes_(v_offset_ + RoundUp(int64_t{padded_dim_} * kKvBlockTokens * element_bytes_, 64)),
+      v_offset_(RoundUp(ElementsBytes(shape.format, int64_t{shape.head_dim} * kKvBlockTokens), 64)),
+      online_offset_(v_offset_ + RoundUp(ElementsBytes(shape.format, int64_t{padded_dim_} * kKvBlockTokens), 64)),
+      block_bytes_(online_offset_ + (IsOnline(shape.format) ? int64_t{sizeof(OnlineBlock)} : 0)),
       scales_(static_cast<size_t>(shape.n_layers) * shape.n_kv_heads_local),
       saturated_(new std::atomic<int64_t>[shape.n_layers]()) {}
 
@@ -58,7 +62,17 @@ std::vector<int64_t> CpuKvPool::SaturatedCounts() const {
 std::vector<std::byte> CpuKvPool::BlockBytes(int layer, int32_t block) const {
   std::vector<std::byte> bytes;
   const auto append = [&](const std::byte* tile, int64_t element) {
-    bytes.insert(bytes.end(), tile + element * element_bytes_, tile + (element + 1) * element_bytes_);
+    if (shape_.format == KvFormat::kInt4Online) {
+      const auto pair = static_cast<uint8_t>(tile[element / 16 * 8 + element % 8]);
+      bytes.push_back(static_cast<std::byte>(element % 16 < 8 ? pair & 15 : pair >> 4));
+      return;
+    }
+    const int64_t size = ElementsBytes(shape_.format, 1);
+    bytes.insert(bytes.end(), tile + element * size, tile + (element + 1) * size);
+  };
+  const auto append_half = [&](uint16_t half) {
+    const auto* from = reinterpret_cast<const std::byte*>(&half);
+    bytes.insert(bytes.end(), from, from + sizeof(half));
   };
   for (bool is_v : {false, true}) {
     for (int head = 0; head < shape_.n_kv_heads_local; ++head) {
@@ -67,6 +81,16 @@ std::vector<std::byte> CpuKvPool::BlockBytes(int layer, int32_t block) const {
         for (int64_t dim = 0; dim < shape_.head_dim; ++dim) {
           append(tile, is_v ? token * padded_dim_ + dim : dim * kKvBlockTokens + token);
         }
+      }
+    }
+  }
+  if (!IsOnline(shape_.format)) return bytes;
+  for (bool is_v : {false, true}) {
+    for (int head = 0; head < shape_.n_kv_heads_local; ++head) {
+      const OnlineBlock& online = Online(layer, head, block);
+      for (int token = 0; token < kKvBlockTokens; ++token) {
+        append_half(is_v ? online.v_scale[token] : online.k_scale[token]);
+        append_half(is_v ? online.v_zero[token] : online.k_zero[token]);
       }
     }
   }

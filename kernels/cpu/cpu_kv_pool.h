@@ -7,12 +7,14 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/thread_team.h"
 
 namespace rankwise::kernels {
 
-// Memory [layer][head][block]{K [head_dim, 16], V [16, padded_dim]}, each tile padded to 64 bytes. A token's K is a
+// Memory [layer][head][block]{K [head_dim, 16], V [16, padded_dim], OnlineBlock in online formats}, each tile padded to
+// 64 bytes. A token's K is a
 // column, so that one load holds a dim of sixteen tokens; blocks that follow each other are read as one stream.
 class CpuKvPool : public KvPool {
  public:
@@ -33,6 +35,10 @@ class CpuKvPool : public KvPool {
   std::byte* Head(int layer, int head) const {
     return memory_.get() + (int64_t{layer} * shape_.n_kv_heads_local + head) * head_bytes();
   }
+  int64_t online_offset() const { return online_offset_; }
+  OnlineBlock& Online(int layer, int head, int32_t block) const {
+    return *reinterpret_cast<OnlineBlock*>(Head(layer, head) + block * block_bytes_ + online_offset_);
+  }
   const KvHeadScales& scales(int layer, int head) const { return scales_[layer * shape_.n_kv_heads_local + head]; }
   void set_scales(std::span<const KvHeadScales> scales) { scales_.assign(scales.begin(), scales.end()); }
   // Any thread.
@@ -44,9 +50,8 @@ class CpuKvPool : public KvPool {
 
   const KvShape shape_;
   const int32_t block_count_;
-  const int32_t element_bytes_;
   const int32_t padded_dim_;
-  const int64_t v_offset_;
+  const int64_t v_offset_, online_offset_;
   const int64_t block_bytes_;
   std::vector<KvHeadScales> scales_;                   // [n_layers, n_kv_heads_local]
   std::unique_ptr<std::atomic<int64_t>[]> saturated_;  // [n_layers]

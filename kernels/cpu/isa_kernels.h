@@ -41,6 +41,12 @@ struct RopeAppendTask {
   const float *q_norm, *k_norm;  // [head_dim] or null
   float norm_eps;
   float *k_min, *k_max, *v_min, *v_max;  // [n_kv_heads, head_dim] or all null
+  OnlineRange (*online_range)(float min, float max, float levels);
+};
+
+// Parameters of the sixteen tokens of a block in an online format, as f16.
+struct OnlineBlock {
+  uint16_t k_scale[kKvBlockTokens], k_zero[kKvBlockTokens], v_scale[kKvBlockTokens], v_zero[kKvBlockTokens];
 };
 
 // Where one token of one KV head goes.
@@ -48,7 +54,8 @@ struct KvSlot {
   void* k;  // the block's [head_dim, 16]
   void* v;  // the block's [16, padded_dim]
   int32_t slot;
-  KvHeadScales scales;
+  KvHeadScales scales;  // of a static int8 pool
+  OnlineBlock* online;  // of an online pool
 };
 
 struct AttentionTask {
@@ -68,12 +75,12 @@ struct AttentionTile {
   int32_t first_position;
   const int32_t* block_table;
   const char* blocks;  // block b: K at blocks + b * block_bytes, V v_offset bytes later
-  int64_t block_bytes, v_offset;
+  int64_t block_bytes, v_offset, online_offset;
   int32_t kv_head;
-  KvHeadScales scales;  // of an int8 pool
+  KvHeadScales scales;  // of a static int8 pool
 };
 
-// Floats of the softmax state of `vectors` (row, head) pairs: maximum, sum and weighted values of each.
+// Floats of the softmax state of `vectors` (row, head) pairs: maximum, sum, weighted zeros and weighted values of each.
 inline constexpr int64_t AttentionStateFloats(int64_t vectors, int64_t padded_dim) {
   return vectors * (padded_dim + 16);
 }
@@ -96,13 +103,15 @@ struct IsaKernels {
   void (*silu_mul)(float* out, const float* gate, const float* up, int64_t width);
 
   // Query heads of KV head `head`, its K and its V in one row. Returns how many values saturated. Indexed by KvFormat.
-  int64_t (*rope_append[3])(const RopeAppendTask&, int64_t row, int32_t position, int32_t head, const KvSlot&);
+  int64_t (*rope_append[kKvFormatCount])(const RopeAppendTask&, int64_t row, int32_t position, int32_t head,
+                                         const KvSlot&);
 
   // The softmax state of one split alone; vectors whose window misses the split get a sum of 0.
-  void (*attend_split[3])(const AttentionTask&, const AttentionTile&, int32_t split, float* state, float* scratch);
+  void (*attend_split[kKvFormatCount])(const AttentionTask&, const AttentionTile&, int32_t split, float* state,
+                                       float* scratch);
   // state = state followed by split. Both of the same tile.
   void (*merge_split)(int64_t vectors, int64_t padded_dim, float* state, const float* split);
-  void (*finish_attention[3])(const AttentionTask&, const AttentionTile&, const float* state);
+  void (*finish_attention[kKvFormatCount])(const AttentionTask&, const AttentionTile&, const float* state);
 
   // For MeasureMachineLimits: 2 * 16 * kFmaChains operations per iteration; the exclusive or of the words.
   float (*fma_burst)(int64_t iterations);

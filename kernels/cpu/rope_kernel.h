@@ -35,6 +35,70 @@ inline int64_t Quantize(int8_t* stored, Vec x, int count, float scale, float zer
   return Count(And(over, Lanes(0, count)));
 }
 
+// The range of one head's values, and the values as they are stored under it. Returns how many were not finite in f16.
+template <typename T>
+int64_t QuantizeOnline(const RopeAppendTask& task, const float* x, OnlineRange& range, uint8_t* stored) {
+  const Vec most = Set(65504.0f), least = Set(-65504.0f);
+  Vec min = most, max = least;
+  ForLanes(task.head_dim, [&](int64_t i, int n) {
+    const Vec v = LoadFirst(x + i, n);
+    const Mask lanes = Lanes(0, n);
+    // NaN passes the first, and not the second.
+    const Vec clamped = Min(most, Max(least, v));
+    min = Select(lanes, Min(clamped, min), min);
+    max = Select(lanes, Max(clamped, max), max);
+  });
+  const float low = MinLane(min), high = MaxLane(max);
+  range = low <= high ? task.online_range(low, high, T::kLevels) : task.online_range(0, 0, T::kLevels);
+  const float scale = Widen(F16{range.scale});
+  const Vec divisor = Set(scale > 0 ? scale : 1.0f), zero = Set(Widen(F16{range.zero}));
+  int64_t saturated = 0;
+  ForLanes(task.head_dim, [&](int64_t i, int n) {
+    const Vec v = LoadFirst(x + i, n);
+    const Mask nan = IsNan(v);
+    saturated += Count(And(Or(nan, Less(most, Abs(v))), Lanes(0, n)));
+    const Vec q = RoundHalfEven(Div(Sub(v, zero), divisor));
+    alignas(16) uint8_t whole[16];
+    StoreU8(whole, Select(nan, Zero(), Min(Set(T::kLevels), Max(Zero(), q))));
+    std::memcpy(stored + i, whole, n);
+  });
+  return saturated;
+}
+
+inline void StoreColumn(U8* block, int32_t slot, const uint8_t* q, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i) block[i * kKvBlockTokens + slot].bits = q[i];
+}
+inline void StoreColumn(U4* block, int32_t slot, const uint8_t* q, int64_t dims) {
+  constexpr int kBytes = kKvBlockTokens / 2;
+  const int shift = slot < kBytes ? 0 : 4;
+  for (int64_t i = 0; i < dims; ++i) {
+    uint8_t& pair = block[i * kBytes + slot % kBytes].bits;
+    pair = static_cast<uint8_t>((pair & (0xf0 >> shift)) | (q[i] << shift));
+  }
+}
+inline void StoreRow(U8* row, const uint8_t* q, int64_t dims) { std::memcpy(row, q, dims); }
+inline void StoreRow(U4* row, const uint8_t* q, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i) {
+    uint8_t& pair = row[i / 16 * 8 + i % 8].bits;
+    pair = static_cast<uint8_t>(i % 16 < 8 ? q[i] : pair | q[i] << 4);
+  }
+}
+
+template <typename T>
+int64_t AppendOnline(const RopeAppendTask& task, const float* k, const float* v, const KvSlot& to) {
+  alignas(64) uint8_t stored[kLargestHeadDim];
+  OnlineRange range;
+  int64_t saturated = QuantizeOnline<T>(task, k, range, stored);
+  to.online->k_scale[to.slot] = range.scale;
+  to.online->k_zero[to.slot] = range.zero;
+  StoreColumn(static_cast<T*>(to.k), to.slot, stored, task.head_dim);
+  saturated += QuantizeOnline<T>(task, v, range, stored);
+  to.online->v_scale[to.slot] = range.scale;
+  to.online->v_zero[to.slot] = range.zero;
+  StoreRow(At(static_cast<T*>(to.v), int64_t{to.slot} * task.padded_dim), stored, task.head_dim);
+  return saturated;
+}
+
 // One head's K into the block's columns [head_dim, 16], or V into its rows [16, padded_dim].
 template <typename T>
 int64_t AppendK(const RopeAppendTask& task, const float* k, const KvSlot& to) {
@@ -83,7 +147,11 @@ int64_t RopeAppendHead(const RopeAppendTask& task, int64_t row, int32_t position
     Observe(task.k_min + head * dims, task.k_max + head * dims, k, dims);
     Observe(task.v_min + head * dims, task.v_max + head * dims, v, dims);
   }
-  return AppendK<T>(task, k, to) + AppendV<T>(task, v, to);
+  if constexpr (kIsOnline<T>) {
+    return AppendOnline<T>(task, k, v, to);
+  } else {
+    return AppendK<T>(task, k, to) + AppendV<T>(task, v, to);
+  }
 }
 
 }  // namespace rankwise::kernels::RW_ISA

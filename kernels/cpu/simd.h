@@ -10,6 +10,35 @@ struct F16 {
 struct BF16 {
   uint16_t bits;
 };
+// Quantised elements of the online cache formats. Sixteen U4 are eight bytes: element i is in the lower half of byte i,
+// element i + 8 in the upper half.
+struct U8 {
+  static constexpr float kLevels = 255;
+  uint8_t bits;
+};
+struct U4 {
+  static constexpr float kLevels = 15;
+  uint8_t bits;
+};
+// Element `i` of an array; of U4, a multiple of sixteen.
+template <typename T>
+inline T* At(T* p, int64_t i) {
+  return p + i;
+}
+inline U4* At(U4* p, int64_t i) { return p + i / 2; }
+inline const U4* At(const U4* p, int64_t i) { return p + i / 2; }
+
+template <typename T>
+inline constexpr bool kIsStatic = false;
+template <>
+inline constexpr bool kIsStatic<int8_t> = true;
+template <typename T>
+inline constexpr bool kIsOnline = false;
+template <>
+inline constexpr bool kIsOnline<U8> = true;
+template <>
+inline constexpr bool kIsOnline<U4> = true;
+
 template <typename Vector>
 inline Vector LoadAs(const float* p) {
   return Words<Vector>::Load(p);
@@ -25,6 +54,9 @@ inline Vector LoadAs(const BF16* p) {
 inline Vec Load(const F16* p) { return LoadF16(p); }
 inline Vec Load(const BF16* p) { return LoadBF16(p); }
 inline Vec Load(const int8_t* p) { return LoadI8(p); }
+inline Vec Load(const U8* p) { return LoadU8(p); }
+inline Vec Load(const U4* p) { return LoadU4(p); }
+inline float Widen(F16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
 
 // The first `count` elements, zeros after.
 template <typename T>
@@ -56,6 +88,8 @@ inline float MaxLane(Vec x) {
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+
+inline float MinLane(Vec x) { return -MaxLane(Negate(x)); }
 
 // exp(x) within 2^-22 of it; 0 below -87.33, where f32 leaves its normal range; exp(88.37) from there on; NaN for NaN.
 //   n = round(x / ln 2), r = x - n ln 2 in two pieces, e^r = 1 + r + r² P(r)

@@ -31,6 +31,12 @@ inline Vec LoadI8(const void* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x)))};
 }
+inline Vec WidenBytes(__m128i x) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(x, x)))};
+}
+inline Vec LoadU8(const void* p) { return WidenBytes(LoadBytes(p)); }
+inline Vec LoadU4(const void* p) { return WidenBytes(LoadNibbles(p)); }
 inline void StoreF16(void* p, Vec x) {
   auto* to = static_cast<__m128i*>(p);
   _mm_storeu_si128(to, _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -42,6 +48,13 @@ inline void StoreI8(void* p, Vec x) {
   const __m128i lo16 = _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
   const __m128i hi16 = _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packs_epi16(lo16, hi16));
+}
+// Lanes hold integers in [0, 255].
+inline void StoreU8(void* p, Vec x) {
+  const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
+  const __m128i lo16 = _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
+  const __m128i hi16 = _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(lo16, hi16));
 }
 
 inline Vec Add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }

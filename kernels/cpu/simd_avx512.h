@@ -39,11 +39,17 @@ inline Vec LoadBF16(const void* p) {
 inline Vec LoadI8(const void* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
 }
+inline Vec LoadU8(const void* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LoadBytes(p)))}; }
+inline Vec LoadU4(const void* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LoadNibbles(p)))}; }
 inline void StoreF16(void* p, Vec x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 // Lanes hold integers in [-128, 127].
 inline void StoreI8(void* p, Vec x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+// Lanes hold integers in [0, 255].
+inline void StoreU8(void* p, Vec x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 

@@ -35,66 +35,92 @@ class ReferenceMatrix : public PackedMatrix {
   std::vector<float> values_;  // [n_out, n_in]
 };
 
-// Every value in its own cell: K [layer, block, head, token, dim], V likewise.
+// Every value in its own cell: K [layer, block, head, token, dim], V likewise, then the ranges of online formats.
 class ReferenceKvPool : public KvPool {
  public:
   ReferenceKvPool(const KvShape& shape, int32_t block_count)
       : shape_(shape),
         block_count_(block_count),
+        element_bytes_(shape.format == KvFormat::kF32   ? 4
+                       : shape.format == KvFormat::kF16 ? 2
+                                                        : 1),
         scales_(shape.n_layers * shape.n_kv_heads_local),
-        saturated_(shape.n_layers) {
-    element_bytes_ = shape.format == KvFormat::kF32 ? 4 : shape.format == KvFormat::kF16 ? 2 : 1;
-    half_block_bytes_ = int64_t{shape.n_kv_heads_local} * kKvBlockTokens * shape.head_dim * element_bytes_;
-    bytes_.resize(int64_t{shape.n_layers} * block_count * 2 * half_block_bytes_);
-  }
+        ranges_(int64_t{shape.n_layers} * block_count * 2 * shape.n_kv_heads_local * kKvBlockTokens),
+        saturated_(shape.n_layers),
+        bytes_(static_cast<int64_t>(ranges_.size()) * shape.head_dim * element_bytes_) {}
 
   const KvShape& shape() const override { return shape_; }
   int32_t block_count() const override { return block_count_; }
-  int64_t bytes() const override { return static_cast<int64_t>(bytes_.size()); }
+  int64_t bytes() const override {
+    return static_cast<int64_t>(ranges_.size()) * KvVectorBytes(shape_.format, shape_.head_dim);
+  }
   std::vector<int64_t> SaturatedCounts() const override { return saturated_; }
   std::vector<std::byte> BlockBytes(int layer, int32_t block) const override {
-    const auto begin = bytes_.begin() + (int64_t{layer} * block_count_ + block) * 2 * half_block_bytes_;
-    return {begin, begin + 2 * half_block_bytes_};
+    const int64_t vectors = int64_t{2} * shape_.n_kv_heads_local * kKvBlockTokens;
+    const int64_t first = (int64_t{layer} * block_count_ + block) * vectors, size = shape_.head_dim * element_bytes_;
+    std::vector<std::byte> bytes(bytes_.begin() + first * size, bytes_.begin() + (first + vectors) * size);
+    const auto* ranges = reinterpret_cast<const std::byte*>(ranges_.data() + first);
+    if (IsOnline(shape_.format)) bytes.insert(bytes.end(), ranges, ranges + vectors * sizeof(OnlineRange));
+    return bytes;
   }
 
-  struct Cell {
+  // The K or V of one token and head.
+  struct Place {
     int layer, head;
     int32_t block, slot;
-    int dim;
     bool is_v;
   };
 
-  void Write(const Cell& cell, float x) {
-    std::byte* to = bytes_.data() + Offset(cell);
-    if (shape_.format == KvFormat::kF32) {
-      std::memcpy(to, &x, sizeof(x));
-    } else if (shape_.format == KvFormat::kF16) {
-      Save(to, QuantizeF16(x), cell.layer);
-    } else {
-      const auto [scale, zero_point] = ScaleOf(cell);
-      Save(to, QuantizeInt8(x, scale, zero_point), cell.layer);
+  void Write(const Place& place, std::span<const float> x) {
+    std::byte* to = bytes_.data() + Index(place) * shape_.head_dim * element_bytes_;
+    OnlineRange& range = ranges_[Index(place)];
+    if (IsOnline(shape_.format)) range = RangeOf(x);
+    for (size_t i = 0; i < x.size(); ++i, to += element_bytes_) {
+      if (shape_.format == KvFormat::kF32) {
+        std::memcpy(to, &x[i], sizeof(float));
+      } else if (shape_.format == KvFormat::kF16) {
+        Save(to, QuantizeF16(x[i]), place.layer);
+      } else if (shape_.format == KvFormat::kInt8) {
+        const auto [scale, zero_point] = ScaleOf(place);
+        Save(to, QuantizeInt8(x[i], scale, zero_point), place.layer);
+      } else {
+        Save(to, QuantizeOnline(x[i], range, OnlineLevels(shape_.format)), place.layer);
+      }
     }
   }
 
-  double Read(const Cell& cell) const {
-    const std::byte* from = bytes_.data() + Offset(cell);
+  double Read(const Place& place, int dim) const {
+    const std::byte* from = bytes_.data() + (Index(place) * shape_.head_dim + dim) * element_bytes_;
     if (shape_.format == KvFormat::kF32) return LoadAsFloat(from, DType::kF32);
     if (shape_.format == KvFormat::kF16) return LoadAsFloat(from, DType::kF16);
-    const auto [scale, zero_point] = ScaleOf(cell);
+    if (IsOnline(shape_.format)) {
+      const OnlineRange& range = ranges_[Index(place)];
+      return static_cast<double>(*from) * HalfToFloat(range.scale) + HalfToFloat(range.zero);
+    }
+    const auto [scale, zero_point] = ScaleOf(place);
     return static_cast<double>(static_cast<int8_t>(*from)) * scale + zero_point;
   }
 
   void set_scales(std::span<const KvHeadScales> scales) { scales_.assign(scales.begin(), scales.end()); }
 
  private:
-  int64_t Offset(const Cell& c) const {
-    const int64_t block = (int64_t{c.layer} * block_count_ + c.block) * 2 + c.is_v;
-    const int64_t in_block = (int64_t{c.head} * kKvBlockTokens + c.slot) * shape_.head_dim + c.dim;
-    return block * half_block_bytes_ + in_block * element_bytes_;
+  int64_t Index(const Place& p) const {
+    const int64_t tensor = (int64_t{p.layer} * block_count_ + p.block) * 2 + p.is_v;
+    return (tensor * shape_.n_kv_heads_local + p.head) * kKvBlockTokens + p.slot;
   }
-  std::pair<float, float> ScaleOf(const Cell& c) const {
-    const KvHeadScales& s = scales_[c.layer * shape_.n_kv_heads_local + c.head];
-    return c.is_v ? std::pair(s.v_scale, s.v_zero_point) : std::pair(s.k_scale, s.k_zero_point);
+  std::pair<float, float> ScaleOf(const Place& p) const {
+    const KvHeadScales& s = scales_[p.layer * shape_.n_kv_heads_local + p.head];
+    return p.is_v ? std::pair(s.v_scale, s.v_zero_point) : std::pair(s.k_scale, s.k_zero_point);
+  }
+  OnlineRange RangeOf(std::span<const float> x) const {
+    float min = 65504.0f, max = -65504.0f;
+    for (const float value : x) {
+      if (std::isnan(value)) continue;
+      min = std::min(min, std::clamp(value, -65504.0f, 65504.0f));
+      max = std::max(max, std::clamp(value, -65504.0f, 65504.0f));
+    }
+    const float levels = OnlineLevels(shape_.format);
+    return min <= max ? OnlineRangeOf(min, max, levels) : OnlineRangeOf(0, 0, levels);
   }
   template <typename T>
   void Save(std::byte* to, Stored<T> stored, int layer) {
@@ -104,10 +130,11 @@ class ReferenceKvPool : public KvPool {
 
   const KvShape shape_;
   const int32_t block_count_;
-  int64_t element_bytes_, half_block_bytes_;
+  const int64_t element_bytes_;       // int4 too has a byte each
   std::vector<KvHeadScales> scales_;  // [n_layers, n_kv_heads_local]
+  std::vector<OnlineRange> ranges_;   // [n_layers, blocks, K and V, n_kv_heads_local, tokens]
   std::vector<int64_t> saturated_;    // [n_layers]
-  std::vector<std::byte> bytes_;
+  std::vector<std::byte> bytes_;      // [as ranges_, head_dim]
 };
 
 void NormRow(float* out, const float* x, const float* weight, int64_t width, float eps) {
@@ -225,16 +252,15 @@ class ReferenceBackend : public Backend {
       }
       const float* k = q + heads * dims;
       const float* v = k + kv_heads * dims;
-      for (int64_t i = 0; i < int64_t{kv_heads} * dims; ++i) {
-        ReferenceKvPool::Cell cell{layer,           static_cast<int>(i / dims), step_.block(row),
-                                   step_.slot(row), static_cast<int>(i % dims), false};
-        kv.Write(cell, k[i]);
-        cell.is_v = true;
-        kv.Write(cell, v[i]);
-        if (observation) {
-          Observe(observation->k_min, observation->k_max, i, k[i]);
-          Observe(observation->v_min, observation->v_max, i, v[i]);
-        }
+      for (int h = 0; h < kv_heads; ++h) {
+        ReferenceKvPool::Place place{layer, h, step_.block(row), step_.slot(row), false};
+        kv.Write(place, {k + h * dims, static_cast<size_t>(dims)});
+        place.is_v = true;
+        kv.Write(place, {v + h * dims, static_cast<size_t>(dims)});
+      }
+      for (int64_t i = 0; observation && i < int64_t{kv_heads} * dims; ++i) {
+        Observe(observation->k_min, observation->k_max, i, k[i]);
+        Observe(observation->v_min, observation->v_max, i, v[i]);
       }
     }
     return absl::OkStatus();
@@ -285,7 +311,7 @@ class ReferenceBackend : public Backend {
     const int32_t first = shape.sliding_window > 0 ? std::max(0, last - shape.sliding_window + 1) : 0;
     const auto table = step_.rows().block_table[step_.segment(row)];
     const auto read = [&](int32_t position, int dim, bool is_v) {
-      return kv.Read({of.layer, of.head, table[position / kKvBlockTokens], position % kKvBlockTokens, dim, is_v});
+      return kv.Read({of.layer, of.head, table[position / kKvBlockTokens], position % kKvBlockTokens, is_v}, dim);
     };
     std::vector<double> p(last - first + 1), sum(shape.head_dim);
     for (int32_t t = first; t <= last; ++t) {

@@ -101,7 +101,10 @@ absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name) {
   if (name == "f16") return KvChoice{kernels::KvFormat::kF16, false};
   if (name == "int8") return KvChoice{kernels::KvFormat::kInt8, false};
   if (name == "int8-head") return KvChoice{kernels::KvFormat::kInt8, true};
-  return absl::InvalidArgumentError(absl::StrCat("kv=", name, " is not one of f32, f16, int8, int8-head"));
+  if (name == "int8-online") return KvChoice{kernels::KvFormat::kInt8Online, false};
+  if (name == "int4-online") return KvChoice{kernels::KvFormat::kInt4Online, false};
+  return absl::InvalidArgumentError(
+      absl::StrCat("kv=", name, " is not one of f32, f16, int8, int8-head, int8-online, int4-online"));
 }
 
 absl::Status AgreeOnStatus(const absl::Status& own, comm::Communicator& communicator, absl::Duration timeout) {

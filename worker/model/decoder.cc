@@ -20,23 +20,11 @@ constexpr int32_t kLogitRows = 64;
 
 kernels::SumTree OneChunk(int64_t n_in) { return {.boundaries = {0, n_in}}; }
 
-int64_t ScalarBytes(kernels::KvFormat format) {
-  switch (format) {
-    case kernels::KvFormat::kF32:
-      return 4;
-    case kernels::KvFormat::kF16:
-      return 2;
-    case kernels::KvFormat::kInt8:
-      return 1;
-  }
-  return 0;
-}
-
 }  // namespace
 
 int64_t KvBlockBytes(const kernels::KvShape& shape) {
-  return int64_t{2} * shape.n_layers * shape.n_kv_heads_local * shape.head_dim * kernels::kKvBlockTokens *
-         ScalarBytes(shape.format);
+  return int64_t{2} * shape.n_layers * shape.n_kv_heads_local * kernels::kKvBlockTokens *
+         kernels::KvVectorBytes(shape.format, shape.head_dim);
 }
 
 Decoder::Decoder(const weights::ModelConfig& config, const shard::ShardPlan& plan, Backend& backend,
