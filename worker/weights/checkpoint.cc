@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 
 #include "absl/strings/str_cat.h"
@@ -15,7 +16,10 @@
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/weights/json.h"
+#include "worker/weights/matrix_parts.h"
 #include "worker/weights/safetensors.h"
+#include "worker/weights/workspace_checkpoint.h"
+#include "worker/weights/workspace_layout.h"
 
 namespace rankwise::weights {
 namespace {
@@ -86,42 +90,6 @@ absl::StatusOr<DType> FloatDType(const std::string& name, const StoredTensor& te
   return absl::UnimplementedError(absl::StrCat("tensor ", name, " is ", tensor.dtype, ", not F32, F16 or BF16"));
 }
 
-MatrixView RowsOf(const MatrixView& view, Range rows) {
-  MatrixView slice = view;
-  slice.data += rows.begin * view.row_stride * kernels::DTypeBytes(view.dtype);
-  slice.rows = rows.count();
-  return slice;
-}
-
-MatrixView ColumnsOf(const MatrixView& view, Range columns) {
-  MatrixView slice = view;
-  slice.data += columns.begin * kernels::DTypeBytes(view.dtype);
-  slice.cols = columns.count();
-  return slice;
-}
-
-std::vector<float> Floats(const MatrixView& row) {
-  std::vector<float> values(row.cols);
-  for (int64_t i = 0; i < row.cols; ++i) {
-    const std::byte* source = row.data + i * kernels::DTypeBytes(row.dtype);
-    if (row.dtype == DType::kF32) {
-      std::memcpy(&values[i], source, sizeof(float));
-      continue;
-    }
-    uint16_t word = 0;
-    std::memcpy(&word, source, sizeof word);
-    if (row.dtype == DType::kBF16) {
-      const uint32_t bits = uint32_t{word} << 16;
-      std::memcpy(&values[i], &bits, sizeof bits);
-    } else {
-      _Float16 half{};
-      std::memcpy(&half, &word, sizeof half);
-      values[i] = static_cast<float>(half);
-    }
-  }
-  return values;
-}
-
 // All of the configuration that changes what the weights compute, which the token ids do not.
 std::string Canonical(const ModelConfig& config) {
   const RopeConfig& rope = config.rope;
@@ -145,12 +113,14 @@ class HuggingFaceCheckpoint : public Checkpoint {
     names_ = config_.has_fused_qkv ? &kInternLm2Names : &kLlamaNames;
     RW_RETURN_IF_ERROR(OpenFiles(model_dir));
     RW_RETURN_IF_ERROR(CheckTensors());
-    fingerprint_ = Fingerprint();
+    fingerprint_ = Fingerprint(std::nullopt);
     return absl::OkStatus();
   }
 
   const ModelConfig& config() const override { return config_; }
   const std::string& fingerprint() const override { return fingerprint_; }
+  std::string FingerprintAs(DType dtype) const override { return Fingerprint(dtype); }
+  absl::Status Verify(const ShardPlan&) const override { return absl::OkStatus(); }  // nothing to compare with
 
   LayerWeights Layer(int layer, const ShardPlan& plan) const override {
     const int64_t dim = config_.head_dim;
@@ -338,22 +308,35 @@ class HuggingFaceCheckpoint : public Checkpoint {
     return blocks;
   }
 
-  std::string Fingerprint() const {
+  // Every tensor as it is, or rounded to a 16-bit dtype.
+  std::string Fingerprint(std::optional<DType> rounded) const {
     constexpr int64_t kSampleBytes = 4096;
     XXH3_state_t* state = XXH3_createState();
     XXH3_64bits_reset(state);
     const auto add = [state](const std::string& text) { XXH3_64bits_update(state, text.data(), text.size()); };
     add(Canonical(config_));
     for (const auto& [name, view] : matrices_) {
-      add(absl::StrCat("\n", name, " ", kernels::DTypeName(view.dtype), " ", view.rows, " ", view.cols, " "));
-      const int64_t bytes = view.rows * view.cols * kernels::DTypeBytes(view.dtype);
-      const int64_t sample = std::min(bytes, kSampleBytes);
-      XXH3_64bits_update(state, view.data, sample);
-      XXH3_64bits_update(state, view.data + bytes - sample, sample);
+      const DType dtype = rounded.value_or(view.dtype);
+      add(absl::StrCat("\n", name, " ", kernels::DTypeName(dtype), " ", view.rows, " ", view.cols, " "));
+      const int64_t count = view.rows * view.cols;
+      const int64_t sample = std::min(count, kSampleBytes / kernels::DTypeBytes(dtype));
+      add(Elements(view, 0, sample, dtype));
+      add(Elements(view, count - sample, sample, dtype));
     }
     const uint64_t digest = XXH3_64bits_digest(state);
     XXH3_freeState(state);
     return absl::StrFormat("%016x", digest);
+  }
+
+  // Of a whole tensor, in file order.
+  static std::string Elements(const MatrixView& tensor, int64_t first, int64_t count, DType dtype) {
+    const std::byte* source = tensor.data + first * kernels::DTypeBytes(tensor.dtype);
+    if (dtype == tensor.dtype)
+      return {reinterpret_cast<const char*>(source), static_cast<size_t>(count * kernels::DTypeBytes(dtype))};
+    const MatrixView row{.data = source, .dtype = tensor.dtype, .rows = 1, .cols = count, .row_stride = count};
+    std::vector<uint16_t> words(count);
+    for (int64_t i = 0; i < count; ++i) words[i] = WordAt(row, 0, i, dtype);
+    return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(uint16_t)};
   }
 
   ModelConfig config_;
@@ -367,6 +350,7 @@ class HuggingFaceCheckpoint : public Checkpoint {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& model_dir) {
+  if (IsWorkspace(model_dir)) return OpenWorkspace(model_dir);
   auto checkpoint = std::make_unique<HuggingFaceCheckpoint>();
   RW_RETURN_IF_ERROR(checkpoint->Load(model_dir));
   return checkpoint;

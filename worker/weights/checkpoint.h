@@ -11,8 +11,8 @@
 
 namespace rankwise::weights {
 
-// What one rank needs of one decoder layer. Matrices are [n_out, n_in], views into the checkpoint; stacked views are
-// row blocks in order. Vectors are f32 copies; an empty one means the model has none.
+// What one rank needs of one decoder layer. Matrices are [n_out, n_in], views into the checkpoint or into `buffers`;
+// stacked views are row blocks in order. Vectors are f32 copies; an empty one means the model has none.
 struct LayerWeights {
   std::vector<float> attention_norm, mlp_norm;  // [hidden]
   std::vector<kernels::MatrixView> qkv;         // Q of the rank's heads, then K, then V of its KV heads; n_in = hidden
@@ -24,6 +24,7 @@ struct LayerWeights {
   std::vector<float> gate_up_bias;              // [2 * intermediate_local]
   kernels::MatrixView w2;                       // [hidden, intermediate_local]
   std::vector<float> w2_bias;                   // [hidden], whole
+  std::vector<std::unique_ptr<uint16_t[]>> buffers;  // this rank's slices of files that hold them transposed
 };
 
 struct OuterWeights {
@@ -32,9 +33,15 @@ struct OuterWeights {
   kernels::MatrixView output;     // [vocab_local, hidden]
 };
 
-// A model folder (config.json + model.safetensors, or model.safetensors.index.json with its files), mapped and
-// validated: every tensor that the configuration asks for is there, once, with the right shape and a dtype we know,
-// inside its file. Owns the mappings; views borrow from it.
+// The KV cache that comes with a model.
+struct KvAdvice {
+  std::string format = "f16";
+  std::string scales_dir;  // where kv-qparams has put the scales; empty: anywhere
+};
+
+// A model folder (config.json + model.safetensors, or model.safetensors.index.json with its files) or a TurboMind
+// workspace, mapped and validated: every tensor that the configuration asks for is there, once, with the right shape
+// and a dtype we know, inside its file. Owns the mappings; views borrow from it.
 class Checkpoint {
  public:
   virtual ~Checkpoint() = default;
@@ -42,8 +49,16 @@ class Checkpoint {
 
   virtual const ModelConfig& config() const = 0;
   // 16 hex digits: config, and name, dtype, shape and content sample of every tensor. The same model has the same one
-  // on every host.
+  // on every host. A workspace that convert wrote has that of the model it came from, rounded to the workspace's dtype:
+  // of the very model when that is f16 or bf16 throughout, so that scales calibrated on either serve both, and another
+  // one when f32 was rounded. Without a manifest it is that of the workspace's own files, tp included.
   virtual const std::string& fingerprint() const = 0;
+  // That of this model with every tensor rounded to f16 or bf16.
+  virtual std::string FingerprintAs(kernels::DType dtype) const = 0;
+  // Reads all that `plan` needs and compares it with the checksums that came with it: FailedPrecondition names the file
+  // that differs. To be called before the fingerprint is relied upon. OK at once where there are no checksums.
+  virtual absl::Status Verify(const shard::ShardPlan& plan) const = 0;
+  virtual KvAdvice kv_advice() const { return {}; }
   virtual LayerWeights Layer(int layer, const shard::ShardPlan& plan) const = 0;
   virtual OuterWeights Outer(const shard::ShardPlan& plan) const = 0;
 };

@@ -5,12 +5,10 @@
 #include <limits>
 #include <random>
 
-#include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
 #include "worker/weights/checkpoint.h"
 #include "worker/weights/random_model.h"
 #include "worker/weights/safetensors.h"
-#include "worker/weights/workspace.h"
 
 namespace rankwise::weights {
 namespace {
@@ -227,37 +225,6 @@ TEST_P(FamilyTest, SlicesOfAllRanksAreTheWhole) {
 
 INSTANTIATE_TEST_SUITE_P(Families, FamilyTest,
                          ::testing::Values("llama", "internlm", "internlm2", "mistral", "qwen2", "qwen3"));
-
-TEST_F(WeightsTest, WorkspaceHoldsTheTensorsOfTheLayout) {
-  const RandomModelSpec spec{.vocab_size = 511, .has_bias = true, .dtype = kernels::DType::kF16};
-  ASSERT_EQ(WriteRandomModel(folder_ + "/m", spec), absl::OkStatus());
-  const auto checkpoint = *Checkpoint::Open(folder_ + "/m");
-  const WorkspaceOptions options{.world_size = 2, .model_name = "tiny"};
-  ASSERT_EQ(WriteWorkspace(*checkpoint, folder_ + "/m", folder_ + "/w", options, {}), absl::OkStatus());
-  EXPECT_TRUE(absl::IsAlreadyExists(WriteWorkspace(*checkpoint, folder_ + "/m", folder_ + "/w", options, {})));
-  const std::string weights = folder_ + "/w/triton_models/weights/";
-  EXPECT_EQ(fs::file_size(weights + "tok_embeddings.weight"), 512u * 64 * 2);  // padded to a multiple of tp
-  const int64_t n_out = (8 + 2 * 4) * 8 / 2, q_rows = 4 * 8;
-  for (int rank = 0; rank < 2; ++rank) {
-    const std::string bytes = *ReadTextFile(weights + absl::StrCat("layers.1.attention.w_qkv.", rank, ".weight"));
-    ASSERT_EQ(bytes.size(), static_cast<size_t>(64 * n_out * 2));
-    const auto layer =
-        checkpoint->Layer(1, *shard::PlanShard(checkpoint->config().dims(), {.rank = rank, .world_size = 2}));
-    const auto word = [&](int64_t in, int64_t out) { return bytes.substr((in * n_out + out) * 2, 2); };
-    const auto source = [&](const kernels::MatrixView& view, int64_t row, int64_t col) {
-      return std::string(reinterpret_cast<const char*>(view.data) + (row * view.row_stride + col) * 2, 2);
-    };
-    for (int64_t in = 0; in < 64; ++in) {
-      for (int64_t i = 0; i < 8; ++i) {
-        const int64_t half_split = i / 2 + (i % 2) * 4;  // interleaved pair i comes from halves
-        EXPECT_EQ(word(in, 8 + i), source(layer.qkv[0], 8 + half_split, in));
-        EXPECT_EQ(word(in, q_rows + i), source(layer.qkv[1], half_split, in));
-        EXPECT_EQ(word(in, q_rows + 16 + i), source(layer.qkv[2], i, in));  // V keeps its order
-      }
-    }
-  }
-  EXPECT_NE(ReadTextFile(weights + "config.ini")->find("tensor_para_size = 2\n"), std::string::npos);
-}
 
 }  // namespace
 }  // namespace rankwise::weights

@@ -1,16 +1,23 @@
 #include "worker/weights/workspace.h"
 
 #include <unistd.h>
+#include <xxhash.h>
 
-#include <cstring>
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <span>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/check.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
+#include "worker/weights/matrix_parts.h"
+#include "worker/weights/turbomind_config.h"
+#include "worker/weights/workspace_layout.h"
 
 namespace rankwise::weights {
 namespace {
@@ -18,28 +25,6 @@ namespace {
 namespace fs = std::filesystem;
 using kernels::DType;
 using kernels::MatrixView;
-
-float ToFloat(const std::byte* source) {
-  float value = 0;
-  std::memcpy(&value, source, sizeof value);
-  return value;
-}
-
-uint16_t ToF16(float value) {
-  const auto half = static_cast<_Float16>(value);
-  uint16_t bits = 0;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
-}
-
-uint16_t ToBf16(float value) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-// Position in a head of TurboMind's order → dimension in Hugging Face's.
-int64_t RopeSource(int64_t position, int64_t head_dim) { return position / 2 + (position % 2) * (head_dim / 2); }
 
 class Writer {
  public:
@@ -49,108 +34,81 @@ class Writer {
         config_(checkpoint.config()),
         folder_(std::move(folder)),
         options_(options),
-        progress_(progress) {}
+        progress_(progress) {
+    const auto plan = [&](const std::vector<WorkspaceFile>& files) {
+      for (const WorkspaceFile& file : files) {
+        manifest_.files[file.name] = {.shape = file.shape, .bytes = file.bytes()};
+        total_bytes_ += file.bytes();
+      }
+    };
+    plan(OuterFiles(config_, options_.world_size));
+    for (int layer = 0; layer < config_.n_layers; ++layer) plan(LayerFiles(config_, options_.world_size, layer));
+  }
 
-  absl::Status WriteWeights() {
+  absl::Status WriteAll() {
     RW_ASSIGN_OR_RETURN(const shard::ShardPlan whole, shard::PlanShard(config_.dims(), {.rank = 0, .world_size = 1}));
     const OuterWeights outer = checkpoint_.Outer(whole);
-    is_bf16_ = outer.embedding.dtype == DType::kBF16;
-    vocab_padded_ = (config_.vocab_size + options_.world_size - 1) / options_.world_size * options_.world_size;
-    total_bytes_ = ExpectedBytes();
+    dtype_ = outer.embedding.dtype == DType::kBF16 ? DType::kBF16 : DType::kF16;
     RW_RETURN_IF_ERROR(WritePaddedVocabulary("tok_embeddings.weight", outer.embedding));
     RW_RETURN_IF_ERROR(WriteVector("norm.weight", outer.final_norm));
     RW_RETURN_IF_ERROR(WritePaddedVocabulary("output.weight", outer.output));
     for (int layer = 0; layer < config_.n_layers; ++layer) {
       for (int rank = 0; rank < options_.world_size; ++rank) RW_RETURN_IF_ERROR(WriteLayer(layer, rank));
     }
-    return absl::OkStatus();
-  }
-
-  absl::Status WriteConfig() const {
-    std::string ini = "[llama]\n";
-    const auto put = [&ini](const char* key, const auto& value) { absl::StrAppend(&ini, key, " = ", value, "\n"); };
-    const bool is_dynamic = config_.rope.scaling == RopeConfig::Scaling::kDynamicNtk;
-    put("model_name", options_.model_name);
-    put("tensor_para_size", options_.world_size);
-    put("head_num", config_.n_heads);
-    put("kv_head_num", config_.n_kv_heads);
-    put("vocab_size", config_.vocab_size);
-    put("num_layer", config_.n_layers);
-    put("inter_size", config_.intermediate_size);
-    put("norm_eps", config_.rms_norm_eps);
-    put("attn_bias", static_cast<int>(config_.has_qkv_bias || config_.has_o_bias));
-    put("start_id", config_.bos_id);
-    put("end_id", config_.eos_ids.empty() ? -1 : config_.eos_ids.front());
-    put("session_len", config_.max_position + 8);
-    put("weight_type", is_bf16_ ? "bf16" : "fp16");
-    put("rotary_embedding", config_.rope.rotary_dim);
-    put("rope_theta", config_.rope.theta);
-    put("size_per_head", config_.head_dim);
-    put("group_size", 0);
-    put("max_batch_size", 64);
-    put("max_context_token_num", 1);
-    put("step_length", 1);
-    put("cache_max_entry_count", 0.5);
-    put("cache_block_seq_len", 128);
-    put("cache_chunk_size", -1);
-    put("num_tokens_per_iter", 0);
-    put("max_prefill_iters", 1);
-    put("extra_tokens_per_iter", 0);
-    put("use_context_fmha", 1);
-    put("quant_policy", 0);
-    put("max_position_embeddings", config_.max_position);
-    put("rope_scaling_factor", is_dynamic ? config_.rope.factor : 0.0);
-    put("use_logn_attn", 0);
-    return WriteFileAtomically(absl::StrCat(folder_, "/config.ini"), ini);
+    RW_CHECK(written_bytes_ == total_bytes_);
+    RW_RETURN_IF_ERROR(WriteConfig());
+    return WriteManifest();
   }
 
  private:
-  int64_t ExpectedBytes() const {
-    const int64_t heads = config_.n_heads, kv_heads = config_.n_kv_heads, dim = config_.head_dim;
-    const int64_t per_layer = config_.hidden_size * ((2 * heads + 2 * kv_heads) * dim + 3 * config_.intermediate_size);
-    return 2 * (2 * vocab_padded_ * config_.hidden_size + config_.n_layers * per_layer);
+  absl::Status WriteConfig() const {
+    TurbomindConfig config = FromModel(config_);
+    config.model_name = options_.model_name;
+    config.tensor_para_size = options_.world_size;
+    config.weight_type = dtype_ == DType::kBF16 ? "bf16" : "fp16";
+    return WriteFileAtomically(absl::StrCat(folder_, "/config.ini"), FormatTurbomindConfig(config));
   }
 
-  uint16_t Word(const MatrixView& view, int64_t row, int64_t col) const {
-    const std::byte* source = view.data + (row * view.row_stride + col) * kernels::DTypeBytes(view.dtype);
-    if (view.dtype == DType::kF32) return is_bf16_ ? ToBf16(ToFloat(source)) : ToF16(ToFloat(source));
-    uint16_t word = 0;
-    std::memcpy(&word, source, sizeof word);
-    if ((view.dtype == DType::kBF16) == is_bf16_) return word;
-    if (view.dtype == DType::kF16) {
-      _Float16 half{};
-      std::memcpy(&half, &word, sizeof half);
-      return ToBf16(static_cast<float>(half));
-    }
-    const uint32_t bits = uint32_t{word} << 16;
-    float value = 0;
-    std::memcpy(&value, &bits, sizeof value);
-    return ToF16(value);
+  absl::Status WriteManifest() {
+    manifest_.fingerprint = checkpoint_.FingerprintAs(dtype_);
+    manifest_.config = ConfigDigest(config_);
+    manifest_.tp = options_.world_size;
+    manifest_.dtype = dtype_;
+    manifest_.eos_ids = config_.eos_ids;
+    return WriteFileAtomically(absl::StrCat(folder_, "/manifest.json"), FormatManifest(manifest_));
   }
 
   absl::Status Write(const std::string& name, const std::vector<uint16_t>& words) {
+    const auto bytes = static_cast<int64_t>(words.size() * sizeof(uint16_t));
+    const auto listed = manifest_.files.find(name);
+    RW_CHECK(listed != manifest_.files.end() && listed->second.bytes == bytes && listed->second.xxh3.empty(), name);
+    const uint16_t exponent = dtype_ == DType::kBF16 ? 0x7F80 : 0x7C00;
+    if (std::ranges::any_of(words, [exponent](uint16_t word) { return (word & exponent) == exponent; })) {
+      return absl::OutOfRangeError(
+          absl::StrCat(name, " would hold values that ", kernels::DTypeName(dtype_), " cannot"));
+    }
+    listed->second.xxh3 = absl::StrFormat("%016x", XXH3_64bits(words.data(), bytes));
     const std::string path = absl::StrCat(folder_, "/", name);
     std::ofstream file(path, std::ios::binary | std::ios::trunc);
-    const auto bytes = static_cast<int64_t>(words.size() * sizeof(uint16_t));
     file.write(reinterpret_cast<const char*>(words.data()), bytes);
     file.close();
     if (!file) return absl::InternalError(absl::StrCat("cannot write ", path));
     written_bytes_ += bytes;
-    if (progress_) progress_(std::min(written_bytes_, total_bytes_), total_bytes_);
+    if (progress_) progress_(written_bytes_, total_bytes_);
     return absl::OkStatus();
   }
 
   absl::Status WriteVector(const std::string& name, const std::vector<float>& values) {
     std::vector<uint16_t> words;
     words.reserve(values.size());
-    for (const float value : values) words.push_back(is_bf16_ ? ToBf16(value) : ToF16(value));
+    for (const float value : values) words.push_back(RoundTo16(value, dtype_));
     return Write(name, words);
   }
 
   absl::Status WritePaddedVocabulary(const std::string& name, const MatrixView& view) {
-    std::vector<uint16_t> words(vocab_padded_ * config_.hidden_size, 0);
+    std::vector<uint16_t> words(manifest_.files.at(name).bytes / sizeof(uint16_t), 0);
     for (int64_t row = 0; row < view.rows; ++row) {
-      for (int64_t col = 0; col < view.cols; ++col) words[row * view.cols + col] = Word(view, row, col);
+      for (int64_t col = 0; col < view.cols; ++col) words[row * view.cols + col] = WordAt(view, row, col, dtype_);
     }
     return Write(name, words);
   }
@@ -158,18 +116,18 @@ class Writer {
   // Stacked row blocks [Σ rows, n_in], transposed to [n_in, Σ rows]; output column i is source row order(i).
   template <typename Order>
   absl::Status WriteTransposed(const std::string& name, std::span<const MatrixView> blocks, const Order& order) {
-    int64_t n_out = 0;
-    for (const MatrixView& block : blocks) n_out += block.rows;
-    const int64_t n_in = blocks.front().cols;
-    std::vector<std::pair<const MatrixView*, int64_t>> rows;
-    rows.reserve(n_out);
+    constexpr int64_t kTile = 32;  // words of one cache line
+    std::vector<MatrixView> rows;
     for (const MatrixView& block : blocks) {
-      for (int64_t row = 0; row < block.rows; ++row) rows.emplace_back(&block, row);
+      for (int64_t row = 0; row < block.rows; ++row) rows.push_back(RowsOf(block, {row, row + 1}));
     }
+    const int64_t n_in = blocks.front().cols, n_out = static_cast<int64_t>(rows.size());
     std::vector<uint16_t> words(n_in * n_out);
-    for (int64_t out = 0; out < n_out; ++out) {
-      const auto [view, row] = rows[order(out)];
-      for (int64_t in = 0; in < n_in; ++in) words[in * n_out + out] = Word(*view, row, in);
+    for (int64_t tile = 0; tile < n_out; tile += kTile) {
+      const int64_t end = std::min(tile + kTile, n_out);
+      for (int64_t in = 0; in < n_in; ++in) {
+        for (int64_t out = tile; out < end; ++out) words[in * n_out + out] = WordAt(rows[order(out)], 0, in, dtype_);
+      }
     }
     return Write(name, words);
   }
@@ -192,13 +150,15 @@ class Writer {
       RW_RETURN_IF_ERROR(WriteVector(prefix + "ffn_norm.weight", weights.mlp_norm));
     }
     RW_RETURN_IF_ERROR(WriteTransposed(file("attention.w_qkv", "weight"), weights.qkv, rope_order));
+    RW_RETURN_IF_ERROR(WriteTransposed(file("attention.wo", "weight"), std::span(&weights.wo, 1), same_order));
     if (config_.has_qkv_bias) {
       std::vector<float> bias(weights.qkv_bias.size());
       for (size_t i = 0; i < bias.size(); ++i) bias[i] = weights.qkv_bias[rope_order(static_cast<int64_t>(i))];
       RW_RETURN_IF_ERROR(WriteVector(file("attention.w_qkv", "bias"), bias));
+      // attn_bias promises a bias of wo too.
+      const std::vector<float> none(config_.hidden_size, 0);
+      RW_RETURN_IF_ERROR(WriteVector(file("attention.wo", "bias"), weights.wo_bias.empty() ? none : weights.wo_bias));
     }
-    RW_RETURN_IF_ERROR(WriteTransposed(file("attention.wo", "weight"), std::span(&weights.wo, 1), same_order));
-    if (config_.has_o_bias) RW_RETURN_IF_ERROR(WriteVector(file("attention.wo", "bias"), weights.wo_bias));
     const std::span<const MatrixView> gate_up = weights.gate_up;
     RW_RETURN_IF_ERROR(WriteTransposed(file("feed_forward.w1", "weight"), gate_up.subspan(0, 1), same_order));
     RW_RETURN_IF_ERROR(WriteTransposed(file("feed_forward.w3", "weight"), gate_up.subspan(1, 1), same_order));
@@ -210,31 +170,45 @@ class Writer {
   const std::string folder_;
   const WorkspaceOptions& options_;
   const std::function<void(int64_t, int64_t)>& progress_;
-  bool is_bf16_ = false;
-  int64_t vocab_padded_ = 0, total_bytes_ = 0, written_bytes_ = 0;
+  DType dtype_ = DType::kF16;
+  WorkspaceManifest manifest_;  // planned files have no xxh3 until they are written
+  int64_t total_bytes_ = 0, written_bytes_ = 0;
 };
 
 absl::Status CheckRepresentable(const ModelConfig& config, int world_size) {
-  if (config.has_qk_norm) return absl::UnimplementedError("this workspace layout has no q/k norms");
-  if (config.has_mlp_bias) return absl::UnimplementedError("this workspace layout has no MLP biases");
+  const auto refuse = [](const auto&... parts) {
+    return absl::UnimplementedError(absl::StrCat("a TurboMind 0.2 workspace has no ", parts...));
+  };
+  if (config.has_qk_norm) return refuse("q/k norms");
+  if (config.has_mlp_bias) return refuse("MLP biases");
+  if (config.has_o_bias && !config.has_qkv_bias) return refuse("bias of wo without those of q, k and v");
+  if (config.hidden_size != int64_t{config.n_heads} * config.head_dim) {
+    return refuse("hidden_size=", config.hidden_size, " that is not n_heads=", config.n_heads,
+                  " times head_dim=", config.head_dim);
+  }
+  for (const int32_t window : config.sliding_window) {
+    if (window != 0) return refuse("sliding_window=", window);
+  }
   if (config.rope.scaling != RopeConfig::Scaling::kNone && config.rope.scaling != RopeConfig::Scaling::kDynamicNtk) {
-    return absl::UnimplementedError("this workspace layout knows no RoPE scaling but dynamic");
+    return refuse("RoPE scaling but dynamic");
+  }
+  if (config.rope.rotary_dim != config.head_dim) {
+    return refuse("partly rotated heads: ", config.rope.rotary_dim, " of head_dim=", config.head_dim);
   }
   if (world_size < 1 || config.n_kv_heads % world_size != 0 || config.intermediate_size % world_size != 0) {
-    return absl::UnimplementedError(absl::StrCat("tp=", world_size, " does not divide n_kv_heads=", config.n_kv_heads,
-                                                 " and intermediate_size=", config.intermediate_size,
-                                                 ", as this workspace layout needs"));
+    return refuse("tp=", world_size, " that does not divide n_kv_heads=", config.n_kv_heads,
+                  " and intermediate_size=", config.intermediate_size);
   }
   return absl::OkStatus();
 }
 
 // Tokenizer models and the JSON files beside them, but neither weights nor their index.
-absl::Status CopyTokenizer(const std::string& model_dir, const std::string& folder) {
+absl::Status CopyTokenizer(const std::string& source, const std::string& folder) {
   std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(model_dir, error)) {
+  for (const fs::directory_entry& entry : fs::directory_iterator(source, error)) {
     const std::string name = entry.path().filename();
     const std::string extension = entry.path().extension();
-    if (!entry.is_regular_file() || name.find("safetensors") != std::string::npos) continue;
+    if (!entry.is_regular_file() || absl::EndsWith(name, ".index.json")) continue;
     if (extension != ".json" && extension != ".model" && extension != ".tiktoken" && name != "merges.txt") continue;
     fs::copy_file(entry.path(), fs::path(folder) / name, error);
     if (error) return absl::InternalError(absl::StrCat("cannot copy ", name, ": ", error.message()));
@@ -242,33 +216,54 @@ absl::Status CopyTokenizer(const std::string& model_dir, const std::string& fold
   return absl::OkStatus();
 }
 
+absl::Status Fill(const Checkpoint& checkpoint, const std::string& model_dir, const std::string& folder,
+                  const WorkspaceOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+  std::error_code error;
+  fs::create_directories(WorkspaceWeights(folder), error);
+  if (!error) fs::create_directories(WorkspaceTokenizer(folder), error);
+  if (error) return absl::InternalError(absl::StrCat("cannot create ", folder, ": ", error.message()));
+  RW_RETURN_IF_ERROR(Writer(checkpoint, WorkspaceWeights(folder), options, progress).WriteAll());
+  return CopyTokenizer(IsWorkspace(model_dir) ? WorkspaceTokenizer(model_dir) : model_dir, WorkspaceTokenizer(folder));
+}
+
+// Puts `temporary` in the place of `folder`; what is there is removed when the other is in place.
+absl::Status MoveInto(const std::string& temporary, const std::string& folder) {
+  const std::string replaced = temporary + ".old";
+  std::error_code error, ignored;
+  const bool exists = fs::exists(folder, ignored);
+  if (exists) fs::rename(folder, replaced, error);
+  if (!error) {
+    fs::rename(temporary, folder, error);
+    if (error && exists) fs::rename(replaced, folder, ignored);
+  }
+  if (error) return absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
+  if (exists) fs::remove_all(replaced, ignored);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
-absl::Status WriteWorkspace(const Checkpoint& checkpoint, const std::string& model_dir, const std::string& folder,
+absl::Status WriteWorkspace(const Checkpoint& checkpoint, const std::string& model_dir, const std::string& destination,
                             const WorkspaceOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
   RW_RETURN_IF_ERROR(CheckRepresentable(checkpoint.config(), options.world_size));
-  const bool exists = fs::exists(folder);
+  if (options.model_name.find_first_of("\r\n") != std::string::npos) {
+    return absl::InvalidArgumentError("model_name has more than one line");
+  }
+  std::error_code error;
+  const fs::path path = fs::absolute(destination, error).lexically_normal();
+  const std::string folder = path.has_filename() ? path : path.parent_path();  // "x/" is x
+  const bool exists = !error && fs::exists(folder, error);
+  if (error) return absl::InvalidArgumentError(absl::StrCat(destination, ": ", error.message()));
   if (exists && !options.replaces) {
     return absl::AlreadyExistsError(absl::StrCat(folder, " exists; --force replaces it"));
   }
-  if (exists && !fs::exists(folder + "/triton_models/weights/config.ini")) {
+  if (exists && !IsWorkspace(folder)) {
     return absl::FailedPreconditionError(absl::StrCat(folder, " is not a workspace, so it is not replaced"));
   }
   const std::string temporary = absl::StrCat(folder, ".", getpid(), ".tmp");
-  std::error_code error;
-  fs::remove_all(temporary, error);
-  fs::create_directories(temporary + "/triton_models/weights", error);
-  if (!error) fs::create_directories(temporary + "/triton_models/tokenizer", error);
-  if (error) return absl::InternalError(absl::StrCat("cannot create ", temporary, ": ", error.message()));
-
-  Writer writer(checkpoint, temporary + "/triton_models/weights", options, progress);
-  absl::Status written = writer.WriteWeights();
-  if (written.ok()) written = writer.WriteConfig();
-  if (written.ok()) written = CopyTokenizer(model_dir, temporary + "/triton_models/tokenizer");
-  if (written.ok() && exists) fs::remove_all(folder, error);
-  if (written.ok()) fs::rename(temporary, folder, error);
-  if (written.ok() && error)
-    written = absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
+  if (fs::exists(temporary, error)) return absl::AlreadyExistsError(absl::StrCat(temporary, " exists"));
+  absl::Status written = Fill(checkpoint, model_dir, temporary, options, progress);
+  if (written.ok()) written = MoveInto(temporary, folder);
   if (!written.ok()) fs::remove_all(temporary, error);
   return written;
 }
