@@ -104,8 +104,9 @@ absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
   }
   float values[4];
   if (bytes->size() != sizeof values) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(path, " has ", bytes->size(), " bytes instead of 16 (k_scale, k_zp, v_scale, v_zp)", kHowToWrite));
+    const char* guess = bytes->size() == 8 ? ", as a symmetric export (k_scale, v_scale) has" : "";
+    return absl::FailedPreconditionError(absl::StrCat(path, " has ", bytes->size(), " bytes", guess,
+                                                      " instead of 16 (k_scale, k_zp, v_scale, v_zp)", kHowToWrite));
   }
   std::memcpy(values, bytes->data(), sizeof values);
   for (const float value : values) {
@@ -270,6 +271,10 @@ absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::st
     if (manifest["granularity"] == "head") head_count = n_kv_heads;
   } else if (granularity == Granularity::kHead) {
     return absl::NotFoundError(absl::StrCat(manifest_path, " is missing", kHowToWrite));
+  } else if (const std::string next = absl::StrCat(folder, "/", RankFile(0, rank_count));
+             std::filesystem::exists(next)) {
+    // A rank's scales cover its own heads: those for more ranks are too narrow for fewer.
+    return absl::FailedPreconditionError(absl::StrCat(next, " is for more ranks than tp=", rank_count, kHowToWrite));
   }
   // All files, in the order they were written: the id is of all, so that every rank has the same one, and files that
   // the manifest does not know (those of another export) are found out.

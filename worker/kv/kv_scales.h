@@ -49,7 +49,7 @@ struct RankScales {
 // What this rank serves with. A missing, short, long or non-finite file, a scale that is not positive, a manifest of
 // another model or TP degree (per-head scales serve every degree), files that do not add up to the manifest's id:
 // FailedPrecondition / NotFound naming the file and saying which command writes it. Without a manifest (files LMDeploy
-// wrote) only kRank can be read, and the id is that of the files' content.
+// wrote) only kRank can be read, files for more ranks than serve are refused, and the id is that of the files' content.
 absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::string& model_fingerprint, int n_layers,
                                         int n_kv_heads, const shard::ShardPlan& plan, Granularity granularity);
 

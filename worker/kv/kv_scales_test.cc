@@ -7,7 +7,9 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <memory>
 #include <random>
+#include <span>
 
 #include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
@@ -56,6 +58,79 @@ TEST_F(KvScalesTest, AFileIsSixteenBytesOfTheRightFourFloats) {
   ASSERT_EQ(WriteKvScales(folder_, Statistics(), 1, Granularity::kRank), absl::OkStatus());
   EXPECT_EQ(fs::file_size(folder_ + "/layers.0.past_kv_scale.0.weight"), 16u);
   EXPECT_EQ(File("layers.0.past_kv_scale.0.weight"), (std::vector<float>{10.0f / 255, 1.0f, 3.0f / 255, 0.5f}));
+}
+
+TEST_F(KvScalesTest, Golden1AFileIsKScaleKZpVScaleVZpAndASymmetricOneIsRefused) {
+  const std::string bytes("\x00\x00\x00\x3f\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x80\xbf", 16);  // 0.5, 1, 2, -1
+  const std::string path = folder_ + "/layers.0.past_kv_scale.0.weight";
+  ASSERT_EQ(WriteFileAtomically(path, bytes), absl::OkStatus());
+  const auto read = ReadKvScales(folder_, "any", 1, 2, Plan(0, 1), Granularity::kRank);
+  ASSERT_TRUE(read.ok()) << read.status();
+  ASSERT_EQ(read->scales.size(), 2u);  // a head each
+  EXPECT_EQ(read->scales[1].k_scale, 0.5f);
+  EXPECT_EQ(read->scales[1].k_zero_point, 1.0f);
+  EXPECT_EQ(read->scales[1].v_scale, 2.0f);
+  EXPECT_EQ(read->scales[1].v_zero_point, -1.0f);
+  KvStatistics statistics{.n_layers = 1, .n_kv_heads = 1, .head_dim = 1};
+  statistics.k_min = {-62.75f};
+  statistics.k_max = {64.75f};
+  statistics.v_min = {-256};
+  statistics.v_max = {254};
+  ASSERT_EQ(WriteKvScales(folder_, statistics, 1, Granularity::kRank), absl::OkStatus());
+  EXPECT_EQ(*ReadTextFile(path), bytes);
+
+  fs::remove(folder_ + "/kv_scales.json");
+  ASSERT_EQ(WriteFileAtomically(path, bytes.substr(0, 8)), absl::OkStatus());
+  const std::string refusal(ReadKvScales(folder_, "any", 1, 2, Plan(0, 1), Granularity::kRank).status().message());
+  EXPECT_NE(refusal.find(path + " has 8 bytes, as a symmetric export"), std::string::npos) << refusal;
+}
+
+// u = clamp(round_half_even((x - zp) / scale + 128), 0, 255) and (u - 128) * scale + zp, by what serves: V goes into a
+// cache, and an attention of one position reads it back.
+TEST_F(KvScalesTest, Golden2ValuesAreRoundedHalfToEvenSaturateAndComeBack) {
+  KvStatistics statistics{.n_layers = 1, .n_kv_heads = 1, .head_dim = 8};
+  statistics.k_min.assign(8, -1);
+  statistics.k_max.assign(8, 1);
+  statistics.v_min.assign(8, -62.75f);  // scale 0.5, zp 1
+  statistics.v_max.assign(8, 64.75f);
+  ASSERT_EQ(WriteKvScales(folder_, statistics, 1, Granularity::kRank), absl::OkStatus());
+  const auto plan =
+      *shard::PlanShard({.n_heads = 1, .n_kv_heads = 1, .head_dim = 8, .intermediate_size = 4, .vocab_size = 4},
+                        {.rank = 0, .world_size = 1});
+  const auto scales = ReadKvScales(folder_, "", 1, 1, plan, Granularity::kRank);
+  ASSERT_TRUE(scales.ok()) << scales.status();
+  // min, max, zp, both sides out of range, NaN, and ties: 0.5 to 0, 1.5 to 2 steps above zp.
+  const float values[8] = {-62.75f, 64.75f, 1, -1e6f, 1e6f, std::numeric_limits<float>::quiet_NaN(), 1.25f, 1.75f};
+  const int expected[8] = {0, 255, 128, 0, 255, 128, 128, 130};
+
+  std::vector<std::unique_ptr<kernels::Backend>> backends;
+  backends.push_back(kernels::CreateReferenceBackend());
+  backends.push_back(*kernels::CreateCpuBackend({.threads = 1, .pin_threads = false}));
+  for (const auto& backend : backends) {
+    const auto pool = *backend->CreateKvPool(
+        {.n_layers = 1, .n_kv_heads_local = 1, .head_dim = 8, .format = kernels::KvFormat::kInt8}, 1);
+    ASSERT_EQ(backend->SetKvScales(*pool, scales->scales), absl::OkStatus());
+    const int32_t token = 0, row_begin[2] = {0, 1}, first_position = 0, block = 0;
+    const std::span<const int32_t> table(&block, 1);
+    ASSERT_EQ(backend->BeginStep({.tokens = {&token, 1},
+                                  .row_begin = row_begin,
+                                  .first_position = {&first_position, 1},
+                                  .block_table = {&table, 1}}),
+              absl::OkStatus());
+    std::vector<float> qkv(24, 0), out(8);
+    std::copy_n(values, 8, qkv.begin() + 16);
+    const kernels::AttentionShape shape{.n_heads_local = 1, .n_kv_heads_local = 1, .head_dim = 8, .score_scale = 1};
+    ASSERT_EQ(
+        backend->RopeAppend(qkv.data(), shape, {.position_count = 16}, nullptr, nullptr, 1e-6f, *pool, 0, nullptr),
+        absl::OkStatus());
+    ASSERT_EQ(backend->Attention(out.data(), qkv.data(), shape, *pool, 0), absl::OkStatus());
+    const std::vector<std::byte> bytes = pool->BlockBytes(0, 0);  // K, then V: [1 head, 16 tokens, 8]
+    for (int i = 0; i < 8; ++i) {
+      EXPECT_EQ(static_cast<int8_t>(bytes[16 * 8 + i]) + 128, expected[i]) << backend->Description() << ", value " << i;
+      EXPECT_EQ(out[i], static_cast<float>(expected[i] - 128) * 0.5f + 1) << backend->Description() << ", value " << i;
+    }
+    EXPECT_EQ(pool->SaturatedCounts()[0], 4);  // max is half a step out of range
+  }
 }
 
 TEST_F(KvScalesTest, RanksHaveTheirOwnHeadsRanges) {
@@ -138,7 +213,7 @@ TEST_F(KvScalesTest, ScalesSpanTheRangeOnAllSteps) {
   }
 }
 
-TEST_F(KvScalesTest, AnExportForFewerRanksCoversThoseForMore) {
+TEST_F(KvScalesTest, Golden3AnExportForFewerRanksCoversThoseForMore) {
   KvStatistics statistics{.n_layers = 3, .n_kv_heads = 8, .head_dim = 4};
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
@@ -149,6 +224,7 @@ TEST_F(KvScalesTest, AnExportForFewerRanksCoversThoseForMore) {
     statistics.v_min.push_back(std::min(c, d));
     statistics.v_max.push_back(std::max(c, d));
   }
+  std::vector<float> of_one_rank(3);
   for (const int world : {1, 2, 4, 8, 16}) {
     ASSERT_EQ(WriteKvScales(folder_, statistics, world, Granularity::kRank), absl::OkStatus());
     for (int layer = 0; layer < 3; ++layer) {
@@ -157,6 +233,8 @@ TEST_F(KvScalesTest, AnExportForFewerRanksCoversThoseForMore) {
         const std::vector<float> file = File(absl::StrCat("layers.", layer, ".past_kv_scale.", rank, ".weight"));
         whole_low = std::min(whole_low, file[1] - 127.5f * file[0]);
         whole_high = std::max(whole_high, file[1] + 127.5f * file[0]);
+        if (world == 1) of_one_rank[layer] = file[0];
+        EXPECT_LE(file[0], of_one_rank[layer]);
       }
       const auto begin = layer * 32, end = begin + 32;
       EXPECT_NEAR(whole_low, *std::min_element(&statistics.k_min[begin], statistics.k_min.data() + end), 1e-5);
@@ -200,6 +278,9 @@ TEST_F(KvScalesTest, FilesWithoutAManifestServePerRankWithOneIdForAllRanks) {
   fs::remove(folder_ + "/kv_scales.json");
   const auto first = ReadKvScales(folder_, "any", 2, 2, Plan(0, 2), Granularity::kRank);
   const auto second = ReadKvScales(folder_, "any", 2, 2, Plan(1, 2), Granularity::kRank);
+  // The first file alone would do for one rank, but covers the heads of one of two.
+  const std::string narrow(ReadKvScales(folder_, "any", 2, 2, Plan(0, 1), Granularity::kRank).status().message());
+  EXPECT_NE(narrow.find("layers.0.past_kv_scale.1.weight is for more ranks than tp=1"), std::string::npos) << narrow;
   ASSERT_TRUE(first.ok() && second.ok()) << first.status() << second.status();
   EXPECT_EQ(first->manifest_id, second->manifest_id);
   EXPECT_NE(first->scales[0].k_scale, second->scales[0].k_scale);
