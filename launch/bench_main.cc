@@ -258,7 +258,7 @@ absl::Status CompareKv(const Flags& flags, kernels::Backend& backend, comm::Comm
   std::printf("%-10s %12s %12s %10s %12s %12s %10s %10s\n", "kv", "NLL", "perplexity", "dNLL", "KL mean", "KL worst",
               "same top", "saturated");
   std::printf("%-10s %12.6f %12.6f\n", flags.baseline_kv.c_str(), baseline_nll / count, std::exp(baseline_nll / count));
-  std::printf("%-10s %12.6f %12.6f %9.4f%% %12.3e %12.3e %9.2f%% %10lld\n", flags.rank.kv.c_str(), other_nll / count,
+  std::printf("%-10s %12.6f %12.6f %9.4f%% %12.3e %12.3e %9.2f%% %10lld\n", other.kv.c_str(), other_nll / count,
               std::exp(other_nll / count), 100 * (other_nll / baseline_nll - 1), kl / count, worst_kl,
               100.0 * static_cast<double>(agreements) / count, static_cast<long long>(saturated));
   return absl::OkStatus();
@@ -278,15 +278,17 @@ absl::Status BenchEngine(Flags& flags, kernels::Backend& backend, comm::Communic
   }
   if (communicator.rank() == 0 && !flags.is_json) {
     std::printf("%s, %s, tp %d, kv %s, %.3f GB of weights per rank\n", flags.rank.model_dir.c_str(),
-                backend.Description().c_str(), communicator.size(), flags.rank.kv.c_str(),
+                backend.Description().c_str(), communicator.size(), rank.kv.c_str(),
                 rank.decoder->weight_bytes() / 1e9);
   }
   return EngineBench(flags, rank, communicator).Run(limits);
 }
 
 void AddCommonFlags(CLI::App& app, Flags& flags) {
-  app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors")->required();
-  app.add_option("--kv", flags.rank.kv, "f32, f16, int8, int8-head, int8-online or int4-online")->capture_default_str();
+  app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors, or a workspace")
+      ->required();
+  app.add_option("--kv", flags.rank.kv, "f32, f16, int8, int8-head, int8-online or int4-online")
+      ->default_str("int8 for a workspace with quant_policy = 4, else f16");
   app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote");
   app.add_option("--threads", flags.cpu.threads, "CPU threads per rank")->default_str("CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512");

@@ -27,7 +27,7 @@
 #include "launch/local_cluster.h"
 #include "launch/progress_bar.h"
 #include "worker/kv/kv_scales.h"
-#include "worker/weights/model_config.h"
+#include "worker/weights/checkpoint.h"
 
 namespace rankwise::launch {
 namespace {
@@ -118,7 +118,8 @@ class Feeder {
 
 absl::StatusOr<Windows> MakeWindows(const CalibrateFlags& flags) {
   RW_ASSIGN_OR_RETURN(const CalibrationSource source, ReadCalibrationSource(flags.dataset, flags.data_folder));
-  RW_ASSIGN_OR_RETURN(const weights::ModelConfig config, weights::ReadModelConfig(flags.cluster.model));
+  RW_ASSIGN_OR_RETURN(const auto checkpoint, weights::Checkpoint::Open(flags.cluster.model));
+  const weights::ModelConfig& config = checkpoint->config();
   WindowOptions options = flags.windows;
   const int64_t longest = config.max_position - 1;  // the request generates one
   if (options.window_tokens > longest) {

@@ -20,7 +20,8 @@ int UsableCpus() {
 }  // namespace
 
 void AddClusterFlags(CLI::App& command, ClusterFlags& flags) {
-  command.add_option("MODEL", flags.model, "Folder with config.json, *.safetensors and a tokenizer")->required();
+  command.add_option("MODEL", flags.model, "Folder with config.json, *.safetensors and a tokenizer, or a workspace")
+      ->required();
   command.add_option("--tp", flags.tp, "Ranks of one group: each holds 1/N of the model")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();

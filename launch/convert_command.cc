@@ -7,24 +7,34 @@
 #include "launch/commands.h"
 #include "launch/progress_bar.h"
 #include "worker/weights/workspace.h"
+#include "worker/weights/workspace_layout.h"
 
 namespace rankwise::launch {
 namespace {
 
 struct Flags {
-  std::string model_dir, folder;
+  std::string model_dir, folder, model_format;
   weights::WorkspaceOptions workspace;
 };
 
 constexpr char kExamples[] = R"(Examples:
   rankwise convert ./internlm-chat-7b ./workspace --tp 2
-  rankwise kv-qparams ./work ./workspace/triton_models/weights --num-tp 2)";
+  rankwise kv-qparams ./work ./workspace/triton_models/weights --num-tp 2
+  rankwise serve ./workspace --tp 2 --kv int8)";
 
 absl::Status Convert(Flags& flags) {
+  const std::string format = weights::IsWorkspace(flags.model_dir) ? "workspace" : "hf";
+  if (!flags.model_format.empty() && flags.model_format != format) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--model-format ", flags.model_format, ", but ", flags.model_dir, " is of format ", format));
+  }
   if (flags.workspace.model_name.empty()) {
     flags.workspace.model_name = std::filesystem::weakly_canonical(flags.model_dir).filename();
   }
   RW_ASSIGN_OR_RETURN(const auto checkpoint, weights::Checkpoint::Open(flags.model_dir));
+  RW_ASSIGN_OR_RETURN(const shard::ShardPlan whole,
+                      shard::PlanShard(checkpoint->config().dims(), {.rank = 0, .world_size = 1}));
+  RW_RETURN_IF_ERROR(checkpoint->Verify(whole));
   std::unique_ptr<ProgressBar> bar;
   RW_RETURN_IF_ERROR(weights::WriteWorkspace(*checkpoint, flags.model_dir, flags.folder, flags.workspace,
                                              [&](int64_t done, int64_t total) {
@@ -33,7 +43,8 @@ absl::Status Convert(Flags& flags) {
                                                bar->Update(done);
                                              }));
   bar.reset();
-  std::printf("%s: weights for tp %d in triton_models/weights\n", flags.folder.c_str(), flags.workspace.world_size);
+  std::printf("%s: weights for tp %d in triton_models/weights, model %s\n", flags.folder.c_str(),
+              flags.workspace.world_size, checkpoint->fingerprint().c_str());
   return absl::OkStatus();
 }
 
@@ -43,13 +54,18 @@ void AddConvert(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand("convert", "Write a TurboMind v0.2 workspace from a Hugging Face model folder")
                           ->footer(kExamples);
   auto flags = std::make_shared<Flags>();
-  command->add_option("model", flags->model_dir, "Folder with config.json and *.safetensors")->required();
+  command
+      ->add_option("model", flags->model_dir, "Folder with config.json and *.safetensors, or a workspace to cut again")
+      ->required();
   command->add_option("workspace", flags->folder, "Folder to write; must not exist")->required();
   command->add_option("--tp", flags->workspace.world_size, "Tensor parallel degree the weights are cut for")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_option("--model-name", flags->workspace.model_name, "model_name of config.ini")
       ->default_str("the model folder's name");
+  command->add_option("--model-format", flags->model_format, "hf or workspace: refuse MODEL if it is of another")
+      ->check(CLI::IsMember({"hf", "workspace"}))
+      ->default_str("what MODEL is");
   command->add_flag("--force", flags->workspace.replaces, "Replace an existing workspace");
   command->callback([flags, &action] { action = [flags] { return Convert(*flags); }; });
 }

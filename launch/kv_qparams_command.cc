@@ -15,7 +15,7 @@ namespace {
 constexpr char kDescription[] = R"(Turn the statistics of `calibrate` into int8 scales
 
 Writes OUT_DIR/layers.{layer}.past_kv_scale.{rank}.weight, four little-endian f32 each (k_scale, k_zp, v_scale, v_zp): the
-files of LMDeploy's TurboMind, so OUT_DIR may be its `triton_models/weights`. One calibration serves every --num-tp.)";
+files of LMDeploy's TurboMind, so OUT_DIR may be its `triton_models/weights`, where `serve WORKSPACE` looks for them. One calibration serves every --num-tp.)";
 
 constexpr char kExamples[] = R"(Examples:
   rankwise kv-qparams ./work ./scales --num-tp 2

@@ -13,6 +13,7 @@
 #include "launch/commands.h"
 #include "launch/interrupt.h"
 #include "launch/local_cluster.h"
+#include "worker/weights/workspace_layout.h"
 
 namespace rankwise::launch {
 namespace {
@@ -25,11 +26,12 @@ the first group serves. SIGTERM or Ctrl-C finishes the live requests and ends ev
 constexpr char kExamples[] = R"(Examples:
   rankwise serve ./TinyLlama-1.1B --tp 2
   rankwise serve ./Llama-2-7b --tp 4 --kv int8 --kv-scales ./scales --endpoint-file /tmp/me/endpoint
+  rankwise serve ./workspace --tp 2 --kv int8
   rankwise serve ./Qwen2.5-0.5B --replicas 2 --threads 8 --listen 0.0.0.0:8600)";
 
 struct ServeFlags {
   ClusterFlags cluster;
-  std::string kv = "f16";
+  std::string kv;
   std::string kv_scales;
   std::string listen = "127.0.0.1:0";
   std::string endpoint_file;
@@ -44,7 +46,7 @@ void AddFlag(std::vector<std::string>& flags, const std::string& name, int value
 
 absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
   const bool is_int8 = flags.kv == "int8" || flags.kv == "int8-head";
-  if (is_int8 && flags.kv_scales.empty())
+  if (is_int8 && flags.kv_scales.empty() && !weights::IsWorkspace(flags.cluster.model))
     return absl::InvalidArgumentError(absl::StrCat(
         "--kv ", flags.kv, " needs --kv-scales DIR; `rankwise calibrate` and `rankwise kv-qparams --num-tp ",
         flags.cluster.tp, "` write such a folder"));
@@ -53,8 +55,8 @@ absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
   options.drain_timeout = absl::Seconds(flags.drain_seconds);
   AddFlag(options.coordinator_flags, "--max-live", flags.max_live);
   std::vector<std::string>& worker = options.worker_flags;
-  worker.insert(worker.end(), {"--kv", flags.kv});
-  if (is_int8) worker.insert(worker.end(), {"--kv-scales", flags.kv_scales});
+  if (!flags.kv.empty()) worker.insert(worker.end(), {"--kv", flags.kv});
+  if (!flags.kv_scales.empty()) worker.insert(worker.end(), {"--kv-scales", flags.kv_scales});
   AddFlag(worker, "--max-running", flags.max_running);
   AddFlag(worker, "--max-step-rows", flags.max_step_rows);
   AddFlag(worker, "--max-chunk-rows", flags.max_chunk_rows);
@@ -108,8 +110,10 @@ void AddServe(CLI::App& app, Action& action) {
       ->capture_default_str();
   command->add_option("--kv", flags->kv, "How keys and values are stored")
       ->check(CLI::IsMember({"f16", "f32", "int8", "int8-head", "int8-online", "int4-online"}))
-      ->capture_default_str();
-  command->add_option("--kv-scales", flags->kv_scales, "Folder with the int8 scales")->check(CLI::ExistingDirectory);
+      ->default_str("int8 for a workspace with quant_policy = 4, else f16");
+  command->add_option("--kv-scales", flags->kv_scales, "Folder with the int8 scales")
+      ->check(CLI::ExistingDirectory)
+      ->default_str("a workspace's own");
   command->add_option("--listen", flags->listen, "HOST:PORT; port 0 takes a free one")->capture_default_str();
   command->add_option("--endpoint-file", flags->endpoint_file, "Write HOST:PORT there once the first group serves");
   command->add_option("--drain-timeout", flags->drain_seconds, "Seconds that live requests get to finish at the end")

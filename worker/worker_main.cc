@@ -50,7 +50,8 @@ std::atomic<bool> g_should_stop{false};
 void RequestStop(int) { g_should_stop = true; }
 
 void AddFlags(CLI::App& app, Flags& flags) {
-  app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors")->required();
+  app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors, or a workspace")
+      ->required();
   app.add_option("--coordinator", flags.coordinator, "HOST:PORT to join");
   app.add_option("--coordinator-file", flags.coordinator_file,
                  "File that the coordinator's --endpoint-file writes; waits for it to appear");
@@ -59,8 +60,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
          "--kv", flags.rank.kv,
          "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head (and per KV head), int8-online, "
          "int4-online (a range per token and head, no calibration)")
-      ->capture_default_str();
-  app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote, for int8 and int8-head");
+      ->default_str("int8 for a workspace with quant_policy = 4, else f16");
+  app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote, for int8 and int8-head")
+      ->default_str("a workspace's own");
   app.add_option("--kv-memory", flags.kv_memory, "Bytes of KV cache per rank, e.g. 512M or 4G")
       ->default_str("what --max-running sequences need, at most 2G");
   app.add_option("--max-tokens", flags.rank.max_tokens, "Prompt + generated tokens of one sequence")
@@ -151,7 +153,7 @@ worker::v1::Join MakeJoin(const engine::Rank& rank, const Flags& flags, const ke
   model.set_vocab_size(config.vocab_size);
   model.set_max_tokens(rank.scheduler_options.max_positions);
   model.set_tp(rank.decoder->plan().world_size);
-  model.set_kv_format(flags.rank.kv);
+  model.set_kv_format(rank.kv);
   model.set_kv_scales_id(rank.kv_scales_id);
   model.set_backend(backend.Description());
   join.set_blocks_total(rank.scheduler_options.block_count);
@@ -217,8 +219,8 @@ int Run(Flags& flags) {
   const bool is_lead = (*communicator)->rank() == 0;
   if (is_lead) {
     spdlog::info("{} ready in {:.1f} s: {}, tp {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
-                 absl::ToDoubleSeconds(absl::Now() - begin), backend->Description(), (*communicator)->size(),
-                 flags.rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
+                 absl::ToDoubleSeconds(absl::Now() - begin), backend->Description(), (*communicator)->size(), rank.kv,
+                 rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
   }
   const std::function<std::string()> report = [&rank] { return OwnLoad(rank).SerializeAsString(); };
   absl::Status ended = is_lead ? Lead(flags, rank, *backend, **communicator, address, report)

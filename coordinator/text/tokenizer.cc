@@ -23,7 +23,10 @@ bool IsFile(const std::string& path) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& model_dir) {
+absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& model_folder) {
+  std::error_code error;
+  const std::string own_dir = absl::StrCat(model_folder, "/triton_models/tokenizer");
+  const std::string model_dir = std::filesystem::is_directory(own_dir, error) ? own_dir : model_folder;
   RW_ASSIGN_OR_RETURN(const ModelSettings settings, ReadModelSettings(model_dir));
   const std::string json_path = absl::StrCat(model_dir, "/tokenizer.json");
   const std::string model_path = absl::StrCat(model_dir, "/tokenizer.model");

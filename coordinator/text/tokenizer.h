@@ -35,12 +35,13 @@ struct TokenizerParts {
 // Text to token ids and back, for one model. Constant after Load: all methods may be called from several threads.
 class Tokenizer {
  public:
-  // From a Hugging Face model folder: tokenizer.json, else tokenizer.model (SentencePiece, or tiktoken ranks as Llama 3
-  // ships them), else vocab.json with merges.txt. Special tokens and defaults come from tokenizer_config.json,
-  // special_tokens_map.json, added_tokens.json, generation_config.json and config.json, where present. The files are
-  // not trusted: InvalidArgument names the file and the value; Unimplemented names a component that Rankwise cannot
-  // reproduce exactly; NotFound when the folder holds no tokenizer.
-  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_dir);
+  // From a Hugging Face model folder, or the triton_models/tokenizer of a TurboMind workspace: tokenizer.json, else
+  // tokenizer.model (SentencePiece, or tiktoken ranks as Llama 3 ships them), else vocab.json with merges.txt. Special
+  // tokens and defaults come from tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+  // generation_config.json and config.json, where present. The files are not trusted: InvalidArgument names the file
+  // and the value; Unimplemented names a component that Rankwise cannot reproduce exactly; NotFound when the folder
+  // holds no tokenizer.
+  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_folder);
 
   virtual ~Tokenizer() = default;
 

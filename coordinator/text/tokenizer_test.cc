@@ -43,6 +43,16 @@ std::vector<int32_t> Encode(const Tokenizer& tokenizer, const std::string& text,
 
 constexpr int32_t kEnd = 258, kTool = 259;  // of ByteLevelModel with two merges
 
+TEST(Tokenizer, OfAWorkspaceLiesInAFolderOfItsOwn) {
+  const ModelFolder folder;
+  folder.Write("tokenizer.json", json("not this one"));
+  std::filesystem::create_directories(folder.path() + "/triton_models/tokenizer");
+  folder.Write("triton_models/tokenizer/tokenizer.json", ByteLevelModel({{"h", "e"}, {" ", "he"}}));
+  const auto tokenizer = MustLoad(folder);
+  ASSERT_NE(tokenizer, nullptr);
+  EXPECT_THAT(Encode(*tokenizer, "he he"), ElementsAre(256, 257));
+}
+
 TEST(Tokenizer, ByteLevel) {
   const auto tokenizer = MustLoad(ByteLevelModel({{"h", "e"}, {" ", "he"}}));
   EXPECT_EQ(tokenizer->vocab_size(), 260);

@@ -106,6 +106,27 @@ TEST(Reference, GreedyIdsEqualTheOracleAsFarAsItsMarginsReach) {
   }
 }
 
+TEST(Workspace, ServesTheTextOfItsModel) {
+  const std::string workspace = ScratchFolder() + "/workspace";
+  const auto converted = RunProgram("rankwise", {"convert", DemoModel(), workspace, "--tp", "2"});
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  ASSERT_TRUE(converted->state.is_success()) << converted->log;
+  const auto again = RunProgram("rankwise", {"convert", DemoModel(), workspace, "--tp", "1"});
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_FALSE(again->state.is_success());
+  EXPECT_THAT(again->log, HasSubstr("--force replaces it"));
+  std::vector<std::string> texts;
+  for (const std::string& model : {DemoModel(), workspace}) {
+    const auto cluster = Serve({.model = model, .tp = 2, .kv = "f16"});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    const Reply reply = Generate((*cluster)->stub(), Greedy(kPrompt, 48));
+    ExpectWhole(reply);
+    texts.push_back(reply.text);
+  }
+  EXPECT_THAT(texts[0], Not(IsEmpty()));
+  EXPECT_EQ(texts[0], texts[1]);
+}
+
 class Requests : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {

@@ -34,6 +34,7 @@ struct Prepared {
   std::unique_ptr<weights::Checkpoint> checkpoint;
   shard::ShardPlan plan;
   model::DecoderOptions decoder;
+  std::string kv;
   std::string kv_scales_id;
 };
 
@@ -43,7 +44,9 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   const weights::ModelConfig& config = prepared.checkpoint->config();
   RW_ASSIGN_OR_RETURN(
       prepared.plan, shard::PlanShard(config.dims(), {.rank = communicator.rank(), .world_size = communicator.size()}));
-  RW_ASSIGN_OR_RETURN(const KvChoice kv, ParseKvChoice(options.kv));
+  const weights::KvAdvice advice = prepared.checkpoint->kv_advice();
+  prepared.kv = options.kv.empty() ? advice.format : options.kv;
+  RW_ASSIGN_OR_RETURN(const KvChoice kv, ParseKvChoice(prepared.kv));
   if (options.observes_kv && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
     return absl::InvalidArgumentError("observing K and V needs kv=f32 and no prefix cache");
   }
@@ -58,6 +61,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
                      ", max_step_rows=", options.max_step_rows, ", max_chunk_rows=", options.max_chunk_rows,
                      ": all must be positive and max_step_rows at least max_running"));
   }
+  RW_RETURN_IF_ERROR(prepared.checkpoint->Verify(prepared.plan));
   model::DecoderOptions& decoder = prepared.decoder;
   decoder.max_rows = options.max_step_rows;
   decoder.max_positions =
@@ -66,13 +70,14 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   decoder.observes_kv = options.observes_kv;
   decoder.collective_timeout = options.collective_timeout;
   if (kv.format == kernels::KvFormat::kInt8) {
-    if (options.kv_scales_dir.empty()) {
+    const std::string scales_dir = options.kv_scales_dir.empty() ? advice.scales_dir : options.kv_scales_dir;
+    if (scales_dir.empty()) {
       return absl::FailedPreconditionError(
-          absl::StrCat("kv=", options.kv, " needs the scales of this model: give the folder that kv-qparams wrote"));
+          absl::StrCat("kv=", prepared.kv, " needs the scales of this model: give the folder that kv-qparams wrote"));
     }
     RW_ASSIGN_OR_RETURN(
         kv::RankScales scales,
-        kv::ReadKvScales(options.kv_scales_dir, prepared.checkpoint->fingerprint(), config.n_layers, config.n_kv_heads,
+        kv::ReadKvScales(scales_dir, prepared.checkpoint->fingerprint(), config.n_layers, config.n_kv_heads,
                          prepared.plan, kv.is_per_head ? kv::Granularity::kHead : kv::Granularity::kRank));
     decoder.kv_scales = std::move(scales.scales);
     prepared.kv_scales_id = std::move(scales.manifest_id);
@@ -136,6 +141,7 @@ absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& back
 
   Rank rank;
   rank.checkpoint = std::move(prepared->checkpoint);
+  rank.kv = prepared->kv;
   rank.kv_scales_id = prepared->kv_scales_id;
   absl::StatusOr<std::unique_ptr<model::Decoder>> decoder =
       model::Decoder::Create(*rank.checkpoint, prepared->plan, backend, communicator, prepared->decoder);

@@ -24,8 +24,8 @@ absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name);
 
 struct RankOptions {
   std::string model_dir;
-  std::string kv = "f16";
-  std::string kv_scales_dir;    // required by int8 and int8-head
+  std::string kv;               // empty: int8 for a workspace whose config.ini says quant_policy = 4, else f16
+  std::string kv_scales_dir;    // required by int8 and int8-head; empty: a workspace's own
   int64_t kv_memory_bytes = 0;  // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
   int32_t max_tokens = 0;       // prompt + generated of one sequence; 0: the model's context, at most 16384
   int32_t max_running = 64;
@@ -43,6 +43,7 @@ struct Rank {
   std::unique_ptr<model::Decoder> decoder;
   std::unique_ptr<Executor> executor;
   scheduler::SchedulerOptions scheduler_options;
+  std::string kv;  // the chosen format
   std::string kv_scales_id;
 };
 
