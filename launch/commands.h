@@ -19,5 +19,6 @@ void AddCalibrate(CLI::App& app, Action& action);
 void AddConvert(CLI::App& app, Action& action);
 void AddKvQparams(CLI::App& app, Action& action);
 void AddBench(CLI::App& app, Action& action);
+void AddEval(CLI::App& app, Action& action);
 
 }  // namespace rankwise::launch
