@@ -95,7 +95,8 @@ class Server {
   absl::Status Wait(absl::Time deadline, int wake_fd) {
     if (cluster_ != nullptr) return cluster_->Supervise(deadline, wake_fd);
     pollfd event{.fd = wake_fd, .events = POLLIN};
-    poll(&event, 1, static_cast<int>(absl::ToInt64Milliseconds(deadline - absl::Now())));
+    // Not below zero, which would be for ever.
+    poll(&event, 1, static_cast<int>(std::max<int64_t>(absl::ToInt64Milliseconds(deadline - absl::Now()), 0)));
     return absl::OkStatus();
   }
 
