@@ -20,9 +20,25 @@
 // Threads: one thread calls a Backend; the backend spreads the work over its own team. No op allocates.
 namespace rankwise::kernels {
 
-enum class DType : uint8_t { kF32, kF16, kBF16 };
-int64_t DTypeBytes(DType dtype);
+// kInt4 and kInt8 are quantised in groups and appear only in matrices that are packed.
+enum class DType : uint8_t { kF32, kF16, kBF16, kInt4, kInt8 };
+inline constexpr int kDTypeCount = 5;
+constexpr bool IsGrouped(DType dtype) { return dtype == DType::kInt4 || dtype == DType::kInt8; }
+int64_t DTypeBytes(DType dtype);  // not of a grouped one
 const char* DTypeName(DType dtype);
+
+// A quantised matrix W [n_out, n_in] as AWQ checkpoints hold it, transposed and in words of 32 bits, little-endian:
+//   qweight [n_in, n_out * bits / 32], qzeros [n_in / group_size, n_out * bits / 32], scales f16 [n_in / group_size,
+//   n_out] W[o][i] = (q[i][o] - zero[i / group_size][o]) * scale[i / group_size][o]
+// A word of four-bit values holds eight outputs in the order 0 2 4 6 1 3 5 7 from its lowest bits on; of eight-bit
+// values four in their order. The product of the difference and an f16 is exact in f32, so that a quantised matrix
+// multiplies to the same bits as its f32 equal.
+struct GroupedMatrix {
+  const std::byte *qweight = nullptr, *qzeros = nullptr, *scales = nullptr;
+  int64_t n_out = 0, n_in = 0;
+  int32_t bits = 4;
+  int32_t group_size = 128;
+};
 
 // A borrowed matrix [rows, cols] in host memory, e.g. a slice of a mapped checkpoint: row r starts at data + r *
 // row_stride elements. `data` need not be aligned to its dtype.
@@ -32,7 +48,14 @@ struct MatrixView {
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t row_stride = 0;
+  // Of kInt4 and kInt8, instead of data and row_stride: element [0][0] is W[row_begin][col_begin] of `grouped`.
+  const GroupedMatrix* grouped = nullptr;
+  int64_t row_begin = 0, col_begin = 0;
 };
+
+// Rows and columns [begin, end) of a view.
+MatrixView RowsOf(const MatrixView& view, int64_t begin, int64_t end);
+MatrixView ColumnsOf(const MatrixView& view, int64_t begin, int64_t end);
 
 // How a product over the input dimension is added up. The input columns are cut into `boundaries.size() - 1` chunks,
 // chunk c being [boundaries[c], boundaries[c + 1]); each output is one sequential fma chain per chunk, in f32 from 0,
@@ -150,8 +173,8 @@ class Backend {
   virtual absl::Status CopyToHost(const float* device, std::span<float> host) = 0;
   virtual absl::Status CopyToDevice(std::span<const float> host, float* device) = 0;
 
-  // Stacks `blocks` (each [rows_i, n_in], any dtypes) into one packed [Σ rows_i, n_in]. The packed dtype is f32 when
-  // any block is f32, else the blocks' own (f16 and bf16 mixed: f32).
+  // Stacks `blocks` (each [rows_i, n_in], any dtypes) into one packed [Σ rows_i, n_in]. The packed dtype is the blocks'
+  // own where they all have the same one (and, quantised, the same groups), else f32.
   virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks,
                                                              const SumTree& tree) = 0;
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "kernels/number_formats.h"
 #include "kernels/test_support.h"
 
 namespace rankwise::kernels {
@@ -107,6 +108,112 @@ TEST_P(MatMulTest, IsExactOnSmallIntegers) {
       for (int64_t i = 0; i < rows * 37; ++i) ASSERT_EQ(y[i], ChainedSum(p, OneChunk(301), i / 37, i % 37)) << i;
     }
   }
+}
+
+// Random values in the words of GroupedMatrix, written value by value as its comment says, and the f32 matrix they
+// mean.
+struct Quantised {
+  std::vector<uint32_t> qweight, qzeros;
+  std::vector<uint16_t> scales;
+  std::vector<float> dense;  // [n_out, n_in]
+  GroupedMatrix matrix;
+
+  Quantised(int64_t n_out, int64_t n_in, int32_t bits, int32_t group_size, Random& random)
+      : qweight(n_in * n_out * bits / 32),
+        qzeros(n_in / group_size * n_out * bits / 32),
+        scales(n_in / group_size * n_out),
+        dense(n_out * n_in),
+        matrix{reinterpret_cast<const std::byte*>(qweight.data()),
+               reinterpret_cast<const std::byte*>(qzeros.data()),
+               reinterpret_cast<const std::byte*>(scales.data()),
+               n_out,
+               n_in,
+               bits,
+               group_size} {
+    const std::vector<int> order = bits == 4 ? std::vector{0, 2, 4, 6, 1, 3, 5, 7} : std::vector{0, 1, 2, 3};
+    const auto per_word = static_cast<int64_t>(order.size());
+    const auto fill = [&](std::vector<uint32_t>& words, std::vector<int>& values) {
+      for (size_t w = 0; w < words.size(); ++w) {
+        for (size_t i = 0; i < order.size(); ++i) {
+          const int value = random.Int(0, (1 << bits) - 1);
+          words[w] |= static_cast<uint32_t>(value) << (i * bits);
+          values[w * per_word + order[i]] = value;
+        }
+      }
+    };
+    std::vector<int> q(n_in * n_out), zeros(n_in / group_size * n_out);
+    fill(qweight, q);
+    fill(qzeros, zeros);
+    for (uint16_t& scale : scales) scale = FloatToHalf(random.Uniform(0.001f, 0.02f));
+    for (int64_t o = 0; o < n_out; ++o) {
+      for (int64_t i = 0; i < n_in; ++i) {
+        const int64_t group = i / group_size * n_out + o;
+        dense[o * n_in + i] = static_cast<float>(q[i * n_out + o] - zeros[group]) * HalfToFloat(scales[group]);
+      }
+    }
+  }
+  Quantised(const Quantised&) = delete;
+
+  MatrixView view() const {
+    return {.dtype = matrix.bits == 4 ? DType::kInt4 : DType::kInt8,
+            .rows = matrix.n_out,
+            .cols = matrix.n_in,
+            .grouped = &matrix};
+  }
+};
+
+// Any slice, at any number of rows: the bits of the f32 matrix that the quantised one means.
+TEST_P(MatMulTest, GroupedWeightsEqualTheirFloatsToTheBit) {
+  SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
+  Random random(TestSeed());
+  const auto backend = MakeBackend(GetParam(), 2);
+  for (const int bits : {4, 8}) {
+    for (const auto& [n_out, n_in, group, row_begin, col_begin] :
+         std::vector<std::array<int64_t, 5>>{{32, 128, 128, 0, 0},
+                                             {72, 256, 128, 0, 0},
+                                             {40, 384, 64, 8, 64},
+                                             {64, 320, 32, 5, 19},
+                                             {8, 96, 96, 0, 95}}) {
+      const Quantised whole(n_out, n_in, bits, static_cast<int32_t>(group), random);
+      const MatrixView slice = ColumnsOf(RowsOf(whole.view(), row_begin, n_out), col_begin, n_in);
+      const int64_t rows = n_out - row_begin, cols = n_in - col_begin;
+      std::vector<float> dense;
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* from = whole.dense.data() + (row_begin + r) * n_in + col_begin;
+        dense.insert(dense.end(), from, from + cols);
+      }
+      const HostMatrix floats(dense, rows, DType::kF32);
+      for (const int64_t count : {1, 2, 5, 7, 12, 13, 300}) {
+        const Product p(rows, cols, count, DType::kF32);
+        for (const int chunks : {1, 4}) {
+          const SumTree tree = UnevenChunks(cols, chunks);
+          const MatrixView equal = floats.view();
+          ASSERT_TRUE(SameBits(p.Multiply(*backend, std::span(&slice, 1), tree, p.x, true),
+                               p.Multiply(*backend, std::span(&equal, 1), tree, p.x, true)))
+              << bits << " bits, [" << rows << ", " << cols << "], " << count << " rows, " << chunks << " chunks";
+        }
+      }
+    }
+  }
+}
+
+TEST_P(MatMulTest, GroupedWeightsStackAndStaySmall) {
+  Random random(TestSeed());
+  const auto backend = MakeBackend(GetParam());
+  const Quantised a(32, 256, 4, 128, random), b(64, 256, 4, 128, random), eight(32, 256, 8, 128, random);
+  const std::vector<MatrixView> same = {a.view(), RowsOf(b.view(), 32, 64)}, mixed = {a.view(), eight.view()};
+  const HostMatrix a_floats(a.dense, 32, DType::kF32), eight_floats(eight.dense, 32, DType::kF32),
+      b_floats({b.dense.begin() + 32 * 256, b.dense.end()}, 32, DType::kF32);
+  const std::vector<MatrixView> same_floats = {a_floats.view(), b_floats.view()},
+                                mixed_floats = {a_floats.view(), eight_floats.view()};
+  const Product p(64, 256, 3, DType::kF32);
+  EXPECT_TRUE(SameBits(p.Multiply(*backend, same, OneChunk(256), p.x, true),
+                       p.Multiply(*backend, same_floats, OneChunk(256), p.x, true)));
+  EXPECT_TRUE(SameBits(p.Multiply(*backend, mixed, OneChunk(256), p.x, true),
+                       p.Multiply(*backend, mixed_floats, OneChunk(256), p.x, true)));
+  if (GetParam() == "reference") return;
+  // Half a byte per weight, and three bytes per group of 128.
+  EXPECT_EQ((*backend->Pack(same, OneChunk(256)))->bytes(), 64 * 256 / 2 + 64 * 2 * 3);
 }
 
 TEST_P(MatMulTest, StacksBlocksAndWidensMixedOnes) {

@@ -26,6 +26,34 @@ inline float LoadAsFloat(const std::byte* data, DType dtype) {
   return dtype == DType::kF16 ? HalfToFloat(bits) : BFloat16ToFloat(bits);
 }
 
+inline uint32_t LoadWord(const std::byte* words, int64_t index) {
+  uint32_t word;
+  std::memcpy(&word, words + index * 4, sizeof(word));
+  return word;
+}
+
+// Value [row][out] of a tensor of GroupedMatrix's words.
+inline int GroupedValue(const GroupedMatrix& m, const std::byte* words, int64_t row, int64_t out) {
+  const int64_t per_word = 32 / m.bits;
+  const auto in_word = static_cast<int>(out % per_word);
+  const int place = m.bits == 4 ? (in_word % 2) * 4 + in_word / 2 : in_word;
+  const uint32_t word = LoadWord(words, row * (m.n_out / per_word) + out / per_word);
+  return static_cast<int>(word >> (place * m.bits) & ((1u << m.bits) - 1));
+}
+inline uint16_t GroupedScale(const GroupedMatrix& m, int64_t group, int64_t out) {
+  uint16_t bits;
+  std::memcpy(&bits, m.scales + (group * m.n_out + out) * 2, sizeof(bits));
+  return bits;
+}
+
+inline float ElementAt(const MatrixView& view, int64_t row, int64_t col) {
+  if (!view.grouped) return LoadAsFloat(view.data + (row * view.row_stride + col) * DTypeBytes(view.dtype), view.dtype);
+  const GroupedMatrix& m = *view.grouped;
+  const int64_t out = view.row_begin + row, in = view.col_begin + col, group = in / m.group_size;
+  const int q = GroupedValue(m, m.qweight, in, out), zero = GroupedValue(m, m.qzeros, group, out);
+  return static_cast<float>(q - zero) * HalfToFloat(GroupedScale(m, group, out));
+}
+
 // A stored value, and whether the original lay outside what the format holds.
 template <typename T>
 struct Stored {

@@ -8,7 +8,26 @@
 
 namespace rankwise::kernels {
 
-int64_t DTypeBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+int64_t DTypeBytes(DType dtype) {
+  RW_CHECK(!IsGrouped(dtype), DTypeName(dtype));
+  return dtype == DType::kF32 ? 4 : 2;
+}
+
+MatrixView RowsOf(const MatrixView& view, int64_t begin, int64_t end) {
+  MatrixView rows = view;
+  if (!view.grouped) rows.data += begin * view.row_stride * DTypeBytes(view.dtype);
+  rows.row_begin += begin;
+  rows.rows = end - begin;
+  return rows;
+}
+
+MatrixView ColumnsOf(const MatrixView& view, int64_t begin, int64_t end) {
+  MatrixView columns = view;
+  if (!view.grouped) columns.data += begin * DTypeBytes(view.dtype);
+  columns.col_begin += begin;
+  columns.cols = end - begin;
+  return columns;
+}
 
 const char* DTypeName(DType dtype) {
   switch (dtype) {
@@ -18,16 +37,39 @@ const char* DTypeName(DType dtype) {
       return "f16";
     case DType::kBF16:
       return "bf16";
+    case DType::kInt4:
+      return "int4";
+    case DType::kInt8:
+      return "int8";
   }
   return "unknown";
 }
+
+namespace {
+
+bool IsMatrix(const MatrixView& view) {
+  if (view.rows < 0 || view.cols < 1) return false;
+  if (!IsGrouped(view.dtype)) {
+    return !view.grouped && view.row_stride >= view.cols && (view.rows == 0 || view.data != nullptr);
+  }
+  const GroupedMatrix* grouped = view.grouped;
+  return grouped && grouped->bits == (view.dtype == DType::kInt4 ? 4 : 8) && grouped->group_size >= 1 &&
+         view.row_begin >= 0 && view.row_begin + view.rows <= grouped->n_out && view.col_begin >= 0 &&
+         view.col_begin + view.cols <= grouped->n_in;
+}
+
+bool HaveSameGroups(const MatrixView& a, const MatrixView& b) {
+  return !a.grouped || (a.grouped->group_size == b.grouped->group_size &&
+                        a.col_begin % a.grouped->group_size == b.col_begin % b.grouped->group_size);
+}
+
+}  // namespace
 
 absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const SumTree& tree) {
   if (blocks.empty()) return absl::InvalidArgumentError("a packed matrix needs at least one block of rows");
   PackedShape shape{.n_out = 0, .n_in = blocks[0].cols, .dtype = blocks[0].dtype};
   for (const MatrixView& block : blocks) {
-    if (block.rows < 0 || block.cols < 1 || block.row_stride < block.cols ||
-        (block.rows > 0 && block.data == nullptr)) {
+    if (!IsMatrix(block)) {
       return absl::InvalidArgumentError(
           absl::StrCat("not a matrix: rows=", block.rows, " cols=", block.cols, " row_stride=", block.row_stride));
     }
@@ -35,10 +77,14 @@ absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const 
       return absl::InvalidArgumentError(
           absl::StrCat("blocks of one packed matrix have n_in=", shape.n_in, " and n_in=", block.cols));
     }
-    if (block.dtype != shape.dtype) shape.dtype = DType::kF32;
+    if (block.dtype != shape.dtype || !HaveSameGroups(block, blocks[0])) shape.dtype = DType::kF32;
     shape.n_out += block.rows;
   }
   if (shape.n_out == 0) return absl::InvalidArgumentError("a packed matrix needs at least one row");
+  if (IsGrouped(shape.dtype)) {
+    shape.group_size = blocks[0].grouped->group_size;
+    shape.group_offset = static_cast<int32_t>(blocks[0].col_begin % shape.group_size);
+  }
   const auto& bounds = tree.boundaries;
   const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
   if (chunks < 1 || chunks > kMaxSumChunks || (chunks & (chunks - 1)) != 0) {

@@ -18,6 +18,8 @@ struct PackedShape {
   int64_t n_out = 0;
   int64_t n_in = 0;
   DType dtype = DType::kF32;
+  int32_t group_size = 0;  // of a grouped dtype: input column k is in group (k + group_offset) / group_size
+  int32_t group_offset = 0;
 };
 
 absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const SumTree& tree);

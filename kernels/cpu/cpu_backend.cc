@@ -158,11 +158,14 @@ absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, con
                     .row_count = rows,
                     .tile_count = (rows + isa_.matmul_tile_rows - 1) / isa_.matmul_tile_rows,
                     .weights = w.data(),
+                    .panel_bytes = w.panel_bytes(),
                     .n_out = w.n_out(),
                     .n_in = w.n_in(),
                     .boundaries = w.boundaries().data(),
                     .chunk_count = static_cast<int32_t>(w.boundaries().size()) - 1,
-                    .bias = bias};
+                    .bias = bias,
+                    .group_size = w.shape().group_size,
+                    .group_offset = w.shape().group_offset};
     const bool is_small = w.n_out() * w.n_in() * rows < kWorthATeam;
     if (rows > 1) {
       float* tiles = tiled_rows_.Reserve(kMatMulRowBlock * w.n_in());

@@ -10,29 +10,32 @@
 namespace rankwise::kernels {
 namespace {
 
+// One row of the stacked blocks; `block` is null past the last.
 struct SourceRow {
-  const std::byte* data;
-  DType dtype;
+  const MatrixView* block;
+  int64_t row;
 };
 
 SourceRow FindRow(std::span<const MatrixView> blocks, int64_t row) {
   for (const MatrixView& block : blocks) {
-    if (row < block.rows) return {block.data + row * block.row_stride * DTypeBytes(block.dtype), block.dtype};
+    if (row < block.rows) return {&block, row};
     row -= block.rows;
   }
-  return {nullptr, DType::kF32};
+  return {nullptr, 0};
 }
 
 // Elements [begin, end) of a row into one column of a panel. T is the packed element.
 template <typename T>
-void PackColumn(const SourceRow& row, int64_t begin, int64_t end, T* column) {
-  if (row.data == nullptr) {
+void PackColumn(const SourceRow& from, int64_t begin, int64_t end, T* column) {
+  if (from.block == nullptr) {
     for (int64_t k = begin; k < end; ++k) column[k * kPanelColumns] = T{};
-  } else if (DTypeBytes(row.dtype) == sizeof(T)) {
-    for (int64_t k = begin; k < end; ++k) std::memcpy(column + k * kPanelColumns, row.data + k * sizeof(T), sizeof(T));
+  } else if (const MatrixView& block = *from.block;
+             !block.grouped && DTypeBytes(block.dtype) == static_cast<int64_t>(sizeof(T))) {
+    const std::byte* row = block.data + from.row * block.row_stride * static_cast<int64_t>(sizeof(T));
+    for (int64_t k = begin; k < end; ++k) std::memcpy(column + k * kPanelColumns, row + k * sizeof(T), sizeof(T));
   } else {
     for (int64_t k = begin; k < end; ++k) {
-      column[k * kPanelColumns] = static_cast<T>(LoadAsFloat(row.data + k * DTypeBytes(row.dtype), row.dtype));
+      column[k * kPanelColumns] = static_cast<T>(ElementAt(block, from.row, k));
     }
   }
 }
@@ -45,10 +48,55 @@ void PackRows(std::span<const SourceRow> rows, int64_t n_in, T* panel) {
   }
 }
 
+// q of 16 columns in 8 bytes, as the vector code's U4, or in 16.
+void PackQuantised(const int* q, int32_t bits, uint8_t* to) {
+  for (int i = 0; i < 16; ++i) {
+    if (bits == 8) {
+      to[i] = static_cast<uint8_t>(q[i]);
+    } else if (i < 8) {
+      to[i] = static_cast<uint8_t>(q[i] | q[i + 8] << 4);
+    }
+  }
+}
+
+void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, std::byte* panel) {
+  const int32_t bits = shape.dtype == DType::kInt4 ? 4 : 8;
+  const int64_t groups = GroupCount(shape.n_in, shape.group_size, shape.group_offset);
+  auto* q = reinterpret_cast<uint8_t*>(panel);
+  auto* scales = reinterpret_cast<uint16_t*>(panel + shape.n_in * kPanelColumns * bits / 8);
+  auto* zeros = reinterpret_cast<uint8_t*>(scales + groups * kPanelColumns);
+  std::memset(scales, 0, static_cast<size_t>(groups * kPanelColumns * 3));
+  for (int64_t k = 0; k < shape.n_in; ++k) {
+    int values[kPanelColumns] = {};
+    for (size_t c = 0; c < rows.size(); ++c) {
+      if (rows[c].block == nullptr) continue;
+      const MatrixView& block = *rows[c].block;
+      values[c] =
+          GroupedValue(*block.grouped, block.grouped->qweight, block.col_begin + k, block.row_begin + rows[c].row);
+    }
+    for (int v = 0; v < kPanelColumns; v += 16) PackQuantised(values + v, bits, q + (k * kPanelColumns + v) * bits / 8);
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    for (size_t c = 0; c < rows.size(); ++c) {
+      if (rows[c].block == nullptr) continue;
+      const MatrixView& block = *rows[c].block;
+      const int64_t source = block.col_begin / shape.group_size + group, out = block.row_begin + rows[c].row;
+      scales[group * kPanelColumns + c] = GroupedScale(*block.grouped, source, out);
+      zeros[group * kPanelColumns + c] =
+          static_cast<uint8_t>(GroupedValue(*block.grouped, block.grouped->qzeros, source, out));
+    }
+  }
+}
+
 }  // namespace
 
 int64_t CpuMatrix::panel_count() const { return (shape_.n_out + kPanelColumns - 1) / kPanelColumns; }
-int64_t CpuMatrix::panel_bytes() const { return shape_.n_in * kPanelColumns * DTypeBytes(shape_.dtype); }
+int64_t CpuMatrix::panel_bytes() const {
+  const int64_t elements = shape_.n_in * kPanelColumns;
+  if (!IsGrouped(shape_.dtype)) return elements * DTypeBytes(shape_.dtype);
+  const int64_t parameters = GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * kPanelColumns;
+  return (shape_.dtype == DType::kInt4 ? elements / 2 : elements) + parameters * 3;
+}
 
 absl::StatusOr<std::unique_ptr<CpuMatrix>> CpuMatrix::Create(std::span<const MatrixView> blocks, const SumTree& tree,
                                                              ThreadTeam& team) {
@@ -63,7 +111,9 @@ void CpuMatrix::PackPanel(std::span<const MatrixView> blocks, int64_t panel) {
   SourceRow rows[kPanelColumns];
   for (int c = 0; c < kPanelColumns; ++c) rows[c] = FindRow(blocks, panel * kPanelColumns + c);
   std::byte* to = memory_.get() + panel * panel_bytes();
-  if (shape_.dtype == DType::kF32) {
+  if (IsGrouped(shape_.dtype)) {
+    PackGroups(rows, shape_, to);
+  } else if (shape_.dtype == DType::kF32) {
     PackRows(rows, shape_.n_in, reinterpret_cast<float*>(to));
   } else {
     PackRows(rows, shape_.n_in, reinterpret_cast<uint16_t*>(to));

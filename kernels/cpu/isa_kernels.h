@@ -22,16 +22,24 @@ inline constexpr int64_t kMatMulScratch =
     int64_t{kSumLevels} * kMatMulRowBlock * kPanelColumns + kMatMulDepth * kPanelColumns;
 
 struct MatMulTask {
-  float* y;             // [row_count, n_out]
-  const float* x;       // tiles of consecutive rows, each [n_in, rows of the tile]
-  int32_t row_count;    // at most kMatMulRowBlock
-  int32_t tile_count;   // tile t covers rows [row_count * t / tile_count, row_count * (t + 1) / tile_count)
-  const void* weights;  // panels
+  float* y;                  // [row_count, n_out]
+  const float* x;            // tiles of consecutive rows, each [n_in, rows of the tile]
+  int32_t row_count;         // at most kMatMulRowBlock
+  int32_t tile_count;        // tile t covers rows [row_count * t / tile_count, row_count * (t + 1) / tile_count)
+  const std::byte* weights;  // panels
+  int64_t panel_bytes;
   int64_t n_out, n_in;
   const int64_t* boundaries;  // [chunk_count + 1]
   int32_t chunk_count;
   const float* bias;  // [n_out] or null
+  // Of grouped weights: input column k belongs to group (k + group_offset) / group_size. A panel is
+  // {q [n_in, 32], scales f16 [groups, 32], zeros u8 [groups, 32]}.
+  int32_t group_size, group_offset;
 };
+
+inline constexpr int64_t GroupCount(int64_t n_in, int64_t group_size, int64_t group_offset) {
+  return (n_in + group_offset + group_size - 1) / group_size;
+}
 
 struct RopeAppendTask {
   float* qkv;
@@ -93,10 +101,11 @@ struct IsaKernels {
   int matmul_tile_rows;  // most rows of one tile
 
   // One panel for all rows of the task. Indexed by DType.
-  void (*matmul_panel[3])(const MatMulTask&, int64_t panel, float* scratch);
+  void (*matmul_panel[kDTypeCount])(const MatMulTask&, int64_t panel, float* scratch);
   // Input columns [begin, end) of rows [row_count, n_in] into the tiles of MatMulTask::x.
   void (*tile_rows)(float* tiles, const float* x, const MatMulTask&, int64_t begin, int64_t end);
 
+  // Of f32, f16 and bf16.
   void (*widen[3])(float* out, const void* row, int64_t width);
   void (*add)(float* x, const float* delta, const float* bias, int64_t width);
   void (*rms_norm)(float* out, const float* x, const float* weight, int64_t width, float eps);

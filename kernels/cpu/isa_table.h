@@ -43,7 +43,8 @@ inline uint64_t ReadBurst(const void* data, int64_t bytes) {
 inline constexpr IsaKernels kTable = {
     .name = kName,
     .matmul_tile_rows = kTileRows,
-    .matmul_panel = {MatMulPanel<float>, MatMulPanel<F16>, MatMulPanel<BF16>},
+    .matmul_panel = {MatMulPanel<PlainPanel<float>>, MatMulPanel<PlainPanel<F16>>, MatMulPanel<PlainPanel<BF16>>,
+                     MatMulPanel<GroupedPanel<U4>>, MatMulPanel<GroupedPanel<U8>>},
     .tile_rows = TileRows,
     .widen = {Widen<float>, Widen<F16>, Widen<BF16>},
     .add = AddRow,

@@ -87,17 +87,156 @@ inline int32_t TileBegin(const MatMulTask& task, int32_t tile) {
   return static_cast<int32_t>(int64_t{task.row_count} * tile / task.tile_count);
 }
 
-// Input columns [begin, end) of all tiles: sums [row_count, 32] from 0.
+// One panel of weights as they are: [n_in, 32].
 template <typename W>
-void SumChunk(const MatMulTask& task, const W* w, int64_t begin, int64_t end, float* sums, float* widened) {
+class PlainPanel {
+ public:
+  PlainPanel(const MatMulTask& task, int64_t panel)
+      : w_(reinterpret_cast<const W*>(task.weights + panel * task.panel_bytes)) {}
+  // sums [rows, 32] = x [end - begin, rows] times input columns [begin, end), from 0.
+  void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
+    TileOf<W>(rows)(w_ + begin * kPanelColumns, x, end - begin, false, sums);
+  }
+  // out [end - begin, 32] f32.
+  void Widen(int64_t begin, int64_t end, float* out) const {
+    const W* w = w_ + begin * kPanelColumns;
+    for (int64_t i = 0; i < (end - begin) * kPanelColumns; i += 16) Store(out + i, Load(w + i));
+  }
+
+ private:
+  const W* w_;
+};
+
+// The 32 scales of a group and -zero * scale: w = q * scale - zero * scale, without a rounding.
+struct GroupParameters {
+  Vec scale[2], shift[2];
+};
+
+// k_count more steps of R rows and columns [16 v, 16 (v + V)) of quantised weights.
+template <typename Q, int R, int V>
+inline void GroupTile(const Q* q, const GroupParameters& group, int v0, const float* x, int64_t k_count, bool continues,
+                      float* sums) {
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = continues ? Load(sums + r * kPanelColumns + (v0 + v) * 16) : Zero();
+  }
+  for (int64_t k = 0; k < k_count; ++k) {
+    const Q* row = At(q, k * kPanelColumns);
+    _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
+    Vec weights[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      weights[v] = Fma(Load(At(row, (v0 + v) * 16)), group.scale[v0 + v], group.shift[v0 + v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec a = Set(x[k * R + r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = Fma(a, weights[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) Store(sums + r * kPanelColumns + (v0 + v) * 16, acc[r][v]);
+  }
+}
+
+// Weights quantised in groups of input columns.
+template <typename Q>
+class GroupedPanel {
+ public:
+  GroupedPanel(const MatMulTask& task, int64_t panel)
+      : task_(task),
+        q_(reinterpret_cast<const Q*>(task.weights + panel * task.panel_bytes)),
+        scales_(reinterpret_cast<const uint16_t*>(At(q_, task.n_in * kPanelColumns))),
+        zeros_(reinterpret_cast<const U8*>(scales_ + GroupCount(task.n_in, task.group_size, task.group_offset) *
+                                                         kPanelColumns)) {}
+
+  void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
+    ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
+      TileFor(rows)(At(q_, k * kPanelColumns), group, x + (k - begin) * rows, k_end - k, k > begin, sums);
+    });
+  }
+  void Widen(int64_t begin, int64_t end, float* out) const {
+    ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
+      for (; k < k_end; ++k) {
+        for (int v = 0; v < 2; ++v) {
+          Store(out + (k - begin) * kPanelColumns + v * 16,
+                Fma(Load(At(q_, k * kPanelColumns + v * 16)), group.scale[v], group.shift[v]));
+        }
+      }
+    });
+  }
+
+ private:
+  using Tile = void (*)(const Q*, const GroupParameters&, const float*, int64_t, bool, float*);
+  template <int R>
+  static void TileOfRows(const Q* q, const GroupParameters& group, const float* x, int64_t k_count, bool continues,
+                         float* sums) {
+    if constexpr (2 * R <= kAccumulators) {
+      GroupTile<Q, R, 2>(q, group, 0, x, k_count, continues, sums);
+    } else {
+      GroupTile<Q, R, 1>(q, group, 0, x, k_count, continues, sums);
+      GroupTile<Q, R, 1>(q, group, 1, x, k_count, continues, sums);
+    }
+  }
+  static Tile TileFor(int rows) {
+    static constexpr Tile kTiles[] = {TileOfRows<1>,
+                                      TileOfRows<2>,
+                                      TileOfRows<3>,
+                                      TileOfRows<4>,
+                                      TileOfRows<5>,
+                                      TileOfRows<6>
+#ifdef __AVX512F__
+                                      ,
+                                      TileOfRows<7>,
+                                      TileOfRows<8>,
+                                      TileOfRows<9>,
+                                      TileOfRows<10>,
+                                      TileOfRows<11>,
+                                      TileOfRows<12>
+#endif
+    };
+    return kTiles[rows - 1];
+  }
+
+  // Calls body(begin, end, parameters) for the part of each group in [begin, end).
+  template <typename Body>
+  void ForGroups(int64_t begin, int64_t end, Body&& body) const {
+    while (begin < end) {
+      const int64_t group = (begin + task_.group_offset) / task_.group_size;
+      const int64_t next = Smaller<int64_t>(end, (group + 1) * task_.group_size - task_.group_offset);
+      GroupParameters parameters;
+      for (int v = 0; v < 2; ++v) {
+        const int64_t at = group * kPanelColumns + v * 16;
+        parameters.scale[v] = LoadF16(scales_ + at);
+        parameters.shift[v] = Negate(Mul(Load(zeros_ + at), parameters.scale[v]));
+      }
+      body(begin, next, parameters);
+      begin = next;
+    }
+  }
+
+  const MatMulTask& task_;
+  const Q* q_;
+  const uint16_t* scales_;
+  const U8* zeros_;
+};
+
+// Input columns [begin, end) of all tiles: sums [row_count, 32] from 0.
+template <typename Panel>
+void SumChunk(const MatMulTask& task, const Panel& panel, int64_t begin, int64_t end, float* sums, float* widened) {
   if (begin == end) std::memset(sums, 0, sizeof(float) * task.row_count * kPanelColumns);
   if (task.tile_count == 1) {
-    TileOf<W>(task.row_count)(w + begin * kPanelColumns, task.x + begin * task.row_count, end - begin, false, sums);
+    panel.Multiply(task.row_count, task.x + begin * task.row_count, begin, end, sums);
     return;
   }
   for (int64_t k = begin; k < end; k += kMatMulDepth) {
     const int64_t depth = Smaller<int64_t>(kMatMulDepth, end - k);
-    for (int64_t i = 0; i < depth * kPanelColumns; i += 16) Store(widened + i, Load(w + k * kPanelColumns + i));
+    panel.Widen(k, k + depth, widened);
     for (int32_t t = 0; t < task.tile_count; ++t) {
       const int32_t row = TileBegin(task, t), rows = TileBegin(task, t + 1) - row;
       const float* x = task.x + row * task.n_in + k * rows;
@@ -106,16 +245,16 @@ void SumChunk(const MatMulTask& task, const W* w, int64_t begin, int64_t end, fl
   }
 }
 
-template <typename W>
+template <typename Panel>
 void MatMulPanel(const MatMulTask& task, int64_t panel, float* scratch) {
-  const W* w = static_cast<const W*>(task.weights) + panel * task.n_in * kPanelColumns;
+  const Panel weights(task, panel);
   float* widened = scratch;
   float* stack = scratch + kMatMulDepth * kPanelColumns;
   const int64_t level = int64_t{task.row_count} * kPanelColumns;
   // A binary counter: after chunk c the stack holds one finished subtree for each bit set in c + 1.
   float* top = stack;
   for (int32_t c = 0; c < task.chunk_count; ++c, top += level) {
-    SumChunk(task, w, task.boundaries[c], task.boundaries[c + 1], top, widened);
+    SumChunk(task, weights, task.boundaries[c], task.boundaries[c + 1], top, widened);
     for (int32_t bits = c; bits & 1; bits >>= 1, top -= level) {
       for (int64_t i = 0; i < level; i += 16) Store(top - level + i, Add(Load(top - level + i), Load(top + i)));
     }

@@ -18,8 +18,7 @@ class ReferenceMatrix : public PackedMatrix {
     for (const MatrixView& block : blocks) {
       for (int64_t r = 0; r < block.rows; ++r) {
         for (int64_t c = 0; c < block.cols; ++c) {
-          const int64_t offset = (r * block.row_stride + c) * DTypeBytes(block.dtype);
-          values_.push_back(LoadAsFloat(block.data + offset, block.dtype));
+          values_.push_back(ElementAt(block, r, c));
         }
       }
     }
