@@ -17,6 +17,7 @@ void AddGenerate(CLI::App& app, Action& action);
 void AddStatus(CLI::App& app, Action& action);
 void AddCalibrate(CLI::App& app, Action& action);
 void AddConvert(CLI::App& app, Action& action);
+void AddQuantize(CLI::App& app, Action& action);
 void AddKvQparams(CLI::App& app, Action& action);
 void AddBench(CLI::App& app, Action& action);
 void AddEval(CLI::App& app, Action& action);

@@ -120,6 +120,13 @@ class HuggingFaceCheckpoint : public Checkpoint {
   const ModelConfig& config() const override { return config_; }
   const std::string& fingerprint() const override { return fingerprint_; }
   std::string FingerprintAs(DType dtype) const override { return Fingerprint(dtype); }
+  std::vector<NamedTensor> tensors() const {
+    std::vector<NamedTensor> tensors;
+    for (const auto& [name, view] : matrices_) {
+      tensors.push_back({name, view, vectors_.contains(name), linear_.contains(name)});
+    }
+    return tensors;
+  }
   absl::Status Verify(const ShardPlan&) const override { return absl::OkStatus(); }  // nothing to compare with
 
   LayerWeights Layer(int layer, const ShardPlan& plan) const override {
@@ -225,7 +232,9 @@ class HuggingFaceCheckpoint : public Checkpoint {
     if (!config_.is_tied) RW_RETURN_IF_ERROR(Require(names_->output, 0, "weight", {config_.vocab_size, hidden}));
     for (int layer = 0; layer < config_.n_layers; ++layer) {
       const auto linear = [&](const char* name, int64_t rows, int64_t cols, bool has_bias) -> absl::Status {
-        RW_RETURN_IF_ERROR(Require(name, layer, "weight", {rows, cols}));
+        RW_RETURN_IF_ERROR(config_.weight_bits > 0 ? RequireGrouped(Name(name, layer, ""), rows, cols)
+                                                   : Require(name, layer, "weight", {rows, cols}));
+        linear_.insert(Name(name, layer, "weight"));
         return has_bias ? Require(name, layer, "bias", {rows}) : absl::OkStatus();
       };
       RW_RETURN_IF_ERROR(Require(names_->attention_norm, layer, "weight", {hidden}));
@@ -249,15 +258,63 @@ class HuggingFaceCheckpoint : public Checkpoint {
     return absl::OkStatus();
   }
 
-  absl::Status Require(const char* pattern, int layer, const char* kind, const std::vector<int64_t>& shape) {
-    const std::string name = Name(pattern, layer, kind);
+  absl::StatusOr<StoredTensor> Find(const std::string& name, const std::vector<int64_t>& shape) const {
     const auto found = tensors_.find(name);
     if (found == tensors_.end()) return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " is missing"));
-    const StoredTensor& tensor = found->second;
-    if (tensor.shape != shape) {
-      return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " is ", json(tensor.shape).dump(),
+    if (found->second.shape != shape) {
+      return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " is ", json(found->second.shape).dump(),
                                                      ", the configuration asks for ", json(shape).dump()));
     }
+    return found->second;
+  }
+
+  // `name` ends in a dot.
+  absl::Status RequireGrouped(const std::string& name, int64_t n_out, int64_t n_in) {
+    const int64_t per_word = 32 / config_.weight_bits, groups = n_in / config_.weight_group_size;
+    if (n_out % per_word != 0 || n_in % config_.weight_group_size != 0) {
+      return absl::InvalidArgumentError(absl::StrCat(name, "qweight: [", n_out, ", ", n_in,
+                                                     "] is not of whole words of ", per_word, " outputs and groups of ",
+                                                     config_.weight_group_size, " inputs"));
+    }
+    RW_ASSIGN_OR_RETURN(const StoredTensor qweight, Find(name + "qweight", {n_in, n_out / per_word}));
+    RW_ASSIGN_OR_RETURN(const StoredTensor qzeros, Find(name + "qzeros", {groups, n_out / per_word}));
+    RW_ASSIGN_OR_RETURN(const StoredTensor scales, Find(name + "scales", {groups, n_out}));
+    for (const auto& [tensor, dtype] :
+         {std::pair(&qweight, "I32"), std::pair(&qzeros, "I32"), std::pair(&scales, "F16")}) {
+      if (tensor->dtype == dtype) continue;
+      return absl::UnimplementedError(
+          absl::StrCat(name, "{qweight, qzeros, scales}: one is ", tensor->dtype, ", not ", dtype));
+    }
+    RW_RETURN_IF_ERROR(CheckFinite(name + "scales", scales));
+    const kernels::GroupedMatrix& matrix = grouped_[name] = {.qweight = qweight.data,
+                                                             .qzeros = qzeros.data,
+                                                             .scales = scales.data,
+                                                             .n_out = n_out,
+                                                             .n_in = n_in,
+                                                             .bits = config_.weight_bits,
+                                                             .group_size = config_.weight_group_size};
+    matrices_[name + "weight"] = {.dtype = config_.weight_bits == 4 ? DType::kInt4 : DType::kInt8,
+                                  .rows = n_out,
+                                  .cols = n_in,
+                                  .grouped = &matrix};
+    return absl::OkStatus();
+  }
+
+  static absl::Status CheckFinite(const std::string& name, const StoredTensor& halves) {
+    for (int64_t i = 0; i < halves.bytes; i += 2) {
+      uint16_t bits;
+      std::memcpy(&bits, halves.data + i, sizeof bits);
+      if ((bits & 0x7c00) == 0x7c00) {
+        return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " holds a value that is not finite"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Require(const char* pattern, int layer, const char* kind, const std::vector<int64_t>& shape) {
+    const std::string name = Name(pattern, layer, kind);
+    RW_ASSIGN_OR_RETURN(const StoredTensor tensor, Find(name, shape));
+    if (shape.size() == 1) vectors_.insert(name);
     RW_ASSIGN_OR_RETURN(const DType dtype, FloatDType(name, tensor));
     // A vector becomes a column: n rows of one element.
     matrices_[name] = {.data = tensor.data,
@@ -316,6 +373,10 @@ class HuggingFaceCheckpoint : public Checkpoint {
     const auto add = [state](const std::string& text) { XXH3_64bits_update(state, text.data(), text.size()); };
     add(Canonical(config_));
     for (const auto& [name, view] : matrices_) {
+      if (view.grouped) {
+        AddGrouped(state, name, *view.grouped);
+        continue;
+      }
       const DType dtype = rounded.value_or(view.dtype);
       add(absl::StrCat("\n", name, " ", kernels::DTypeName(dtype), " ", view.rows, " ", view.cols, " "));
       const int64_t count = view.rows * view.cols;
@@ -326,6 +387,21 @@ class HuggingFaceCheckpoint : public Checkpoint {
     const uint64_t digest = XXH3_64bits_digest(state);
     XXH3_freeState(state);
     return absl::StrFormat("%016x", digest);
+  }
+
+  static void AddGrouped(XXH3_state_t* state, const std::string& name, const kernels::GroupedMatrix& m) {
+    constexpr int64_t kSampleBytes = 4096;
+    const std::string header =
+        absl::StrCat("\n", name, " int", m.bits, " ", m.n_out, " ", m.n_in, " ", m.group_size, " ");
+    XXH3_64bits_update(state, header.data(), header.size());
+    const int64_t groups = m.n_in / m.group_size;
+    for (const auto& [data, bytes] :
+         {std::pair(m.qweight, m.n_in * m.n_out * m.bits / 8), std::pair(m.qzeros, groups * m.n_out * m.bits / 8),
+          std::pair(m.scales, groups * m.n_out * 2)}) {
+      const int64_t sample = std::min(bytes, kSampleBytes);
+      XXH3_64bits_update(state, data, sample);
+      XXH3_64bits_update(state, data + bytes - sample, sample);
+    }
   }
 
   // Of a whole tensor, in file order.
@@ -344,6 +420,8 @@ class HuggingFaceCheckpoint : public Checkpoint {
   std::vector<SafetensorsFile> files_;
   std::map<std::string, StoredTensor> tensors_;
   std::map<std::string, MatrixView> matrices_;  // those the configuration asks for
+  std::map<std::string, kernels::GroupedMatrix> grouped_;
+  std::set<std::string> linear_, vectors_;  // names
   std::string fingerprint_;
 };
 
@@ -354,6 +432,14 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   auto checkpoint = std::make_unique<HuggingFaceCheckpoint>();
   RW_RETURN_IF_ERROR(checkpoint->Load(model_dir));
   return checkpoint;
+}
+
+absl::StatusOr<TensorListing> ListTensors(const std::string& model_dir) {
+  auto checkpoint = std::make_unique<HuggingFaceCheckpoint>();
+  RW_RETURN_IF_ERROR(checkpoint->Load(model_dir));
+  TensorListing listing{.tensors = checkpoint->tensors()};
+  listing.checkpoint = std::move(checkpoint);
+  return listing;
 }
 
 }  // namespace rankwise::weights

@@ -63,4 +63,18 @@ class Checkpoint {
   virtual OuterWeights Outer(const shard::ShardPlan& plan) const = 0;
 };
 
+// A tensor of a Hugging Face folder as its configuration asks for it.
+struct NamedTensor {
+  std::string name;
+  kernels::MatrixView view;  // a vector is a column
+  bool is_vector = false;
+  bool is_linear = false;  // a matrix of a decoder layer, which AWQ quantises
+};
+// The tensors of the folder `model_dir`, by name, valid while `checkpoint` lives.
+struct TensorListing {
+  std::unique_ptr<Checkpoint> checkpoint;
+  std::vector<NamedTensor> tensors;
+};
+absl::StatusOr<TensorListing> ListTensors(const std::string& model_dir);
+
 }  // namespace rankwise::weights

@@ -11,17 +11,11 @@
 namespace rankwise::weights {
 
 inline kernels::MatrixView RowsOf(const kernels::MatrixView& view, shard::Range rows) {
-  kernels::MatrixView part = view;
-  part.data += rows.begin * view.row_stride * kernels::DTypeBytes(view.dtype);
-  part.rows = rows.count();
-  return part;
+  return kernels::RowsOf(view, rows.begin, rows.end);
 }
 
 inline kernels::MatrixView ColumnsOf(const kernels::MatrixView& view, shard::Range columns) {
-  kernels::MatrixView part = view;
-  part.data += columns.begin * kernels::DTypeBytes(view.dtype);
-  part.cols = columns.count();
-  return part;
+  return kernels::ColumnsOf(view, columns.begin, columns.end);
 }
 
 // The first row as f32.

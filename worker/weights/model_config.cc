@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
@@ -77,8 +78,34 @@ absl::Status CheckSupported(Members& members) {
   if (activation != "silu") {
     return absl::UnimplementedError(absl::StrCat("hidden_act=", activation.substr(0, 80), " is not silu"));
   }
-  if (members.Has("quantization_config")) {
-    return absl::UnimplementedError("quantization_config: quantised checkpoints are not supported");
+  return absl::OkStatus();
+}
+
+// AWQ as AutoAWQ and transformers write it, of its layouts the one of GEMM. Eight bits are an extension of ours.
+absl::Status ReadQuantization(const Members& members, ModelConfig& config) {
+  const json& object = members.Get("quantization_config");
+  if (object.is_null()) return absl::OkStatus();
+  if (!object.is_object()) return absl::InvalidArgumentError("quantization_config is not an object");
+  Members awq(object, "quantization_config.");
+  const std::string method = awq.String("quant_method", ""), version = awq.String("version", "gemm");
+  config.weight_bits = static_cast<int>(awq.Int("bits", {1, 64}, awq.Has("w_bit") ? awq.Int("w_bit", {1, 64}) : 4));
+  config.weight_group_size =
+      static_cast<int32_t>(awq.Int("group_size", {1, kIntermediateMost},
+                                   awq.Has("q_group_size") ? awq.Int("q_group_size", {1, kIntermediateMost}) : 128));
+  const bool has_zero_points = awq.Bool("zero_point", true);
+  RW_RETURN_IF_ERROR(awq.status());
+  if (method != "awq" || !absl::EqualsIgnoreCase(version, "gemm") || !has_zero_points) {
+    return absl::UnimplementedError(absl::StrCat("quantization_config: quant_method=", method.substr(0, 80),
+                                                 " version=", version.substr(0, 80), " zero_point=", has_zero_points,
+                                                 " is not awq of version gemm with zero points"));
+  }
+  if (config.weight_bits != 4 && config.weight_bits != 8) {
+    return absl::UnimplementedError(
+        absl::StrCat("quantization_config: bits=", config.weight_bits, " is neither 4 nor 8"));
+  }
+  const json& kept = awq.Get("modules_to_not_convert");
+  if (!kept.is_null() && !(kept.is_array() && (kept.empty() || kept == json::array({"lm_head"})))) {
+    return absl::UnimplementedError("quantization_config: modules_to_not_convert keeps more than lm_head in floats");
   }
   return absl::OkStatus();
 }
@@ -203,6 +230,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& config_json) {
   RW_RETURN_IF_ERROR(members.status());
   RW_ASSIGN_OR_RETURN(const Family* family, FindFamily(config.model_type));
   RW_RETURN_IF_ERROR(CheckSupported(members));
+  RW_RETURN_IF_ERROR(ReadQuantization(members, config));
   RW_RETURN_IF_ERROR(ReadSizes(members, config));
   config.max_position = members.Int("max_position_embeddings", {1, kPositionMost}, family->max_position);
   RW_RETURN_IF_ERROR(ReadHeads(members, *family, config));

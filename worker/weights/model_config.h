@@ -42,6 +42,9 @@ struct ModelConfig {
   bool has_qk_norm = false;
   bool has_fused_qkv = false;  // InternLM2: wqkv rows are, per KV head, its query heads, then k, then v
   bool is_tied = false;        // the output matrix is the embedding table
+  // AWQ: the linear layers of the decoder have weights of so many bits, 4 or 8, in groups of input columns. 0: floats.
+  int weight_bits = 0;
+  int32_t weight_group_size = 0;
   int32_t bos_id = -1;
   std::vector<int32_t> eos_ids;
 
@@ -49,8 +52,8 @@ struct ModelConfig {
 };
 
 // Reads and validates config.json (and generation_config.json for the end-of-sequence ids). Unknown architectures,
-// absurd or contradictory sizes and unsupported settings (activation, RoPE type) are InvalidArgument or Unimplemented
-// naming key and value; missing files NotFound.
+// absurd or contradictory sizes and unsupported settings (activation, RoPE type, quantisation but AWQ) are
+// InvalidArgument or Unimplemented naming key and value; missing files NotFound.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
 absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& config_json);
 

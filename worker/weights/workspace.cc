@@ -179,6 +179,7 @@ absl::Status CheckRepresentable(const ModelConfig& config, int world_size) {
   const auto refuse = [](const auto&... parts) {
     return absl::UnimplementedError(absl::StrCat("a TurboMind 0.2 workspace has no ", parts...));
   };
+  if (config.weight_bits > 0) return refuse("weights of ", config.weight_bits, " bits here; serve the model folder");
   if (config.has_qk_norm) return refuse("q/k norms");
   if (config.has_mlp_bias) return refuse("MLP biases");
   if (config.has_o_bias && !config.has_qkv_bias) return refuse("bias of wo without those of q, k and v");

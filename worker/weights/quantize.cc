@@ -1,0 +1,234 @@
+#include "worker/weights/quantize.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "base/mapped_file.h"
+#include "base/status_macros.h"
+#include "kernels/number_formats.h"
+#include "worker/weights/checkpoint.h"
+#include "worker/weights/json.h"
+#include "worker/weights/safetensors.h"
+
+namespace rankwise::weights {
+namespace {
+
+namespace fs = std::filesystem;
+using kernels::MatrixView;
+
+constexpr char kMarker[] = "quantized_by_rankwise.json";
+
+// Where value `out` of eight (or four) lies in a word; see kernels::GroupedMatrix.
+int ShiftOf(int64_t out, int bits) {
+  const auto in_word = static_cast<int>(out % (32 / bits));
+  return bits * (bits == 4 ? in_word % 2 * 4 + in_word / 2 : in_word);
+}
+
+struct Words {
+  std::vector<uint32_t> qweight, qzeros;
+  std::vector<uint16_t> scales;
+};
+
+absl::StatusOr<Words> QuantizeMatrix(const MatrixView& w, const QuantizeOptions& options) {
+  const int64_t per_word = 32 / options.bits, row_words = w.rows / per_word, groups = w.cols / options.group_size;
+  Words words{.qweight = std::vector<uint32_t>(w.cols * row_words),
+              .qzeros = std::vector<uint32_t>(groups * row_words),
+              .scales = std::vector<uint16_t>(groups * w.rows)};
+  std::vector<float> values(options.group_size);
+  for (int64_t out = 0; out < w.rows; ++out) {
+    const int shift = ShiftOf(out, options.bits);
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int32_t i = 0; i < options.group_size; ++i) {
+        values[i] = kernels::ElementAt(w, out, group * options.group_size + i);
+      }
+      const QuantizedGroup quantized = QuantizeGroup(values, (1 << options.bits) - 1);
+      if (quantized.q.empty())
+        return absl::InvalidArgumentError("holds a value that is not finite, or a range beyond f16");
+      words.scales[group * w.rows + out] = quantized.scale;
+      words.qzeros[group * row_words + out / per_word] |= static_cast<uint32_t>(quantized.zero) << shift;
+      for (int32_t i = 0; i < options.group_size; ++i) {
+        const int64_t in = group * options.group_size + i;
+        words.qweight[in * row_words + out / per_word] |= static_cast<uint32_t>(quantized.q[i]) << shift;
+      }
+    }
+  }
+  return words;
+}
+
+template <typename T>
+void WriteAll(std::ofstream& file, const std::vector<T>& values) {
+  file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(T)));
+}
+
+std::string LayerName(const std::string& weight) {
+  return weight.substr(0, weight.size() - std::string("weight").size());
+}
+
+std::vector<TensorHeader> Headers(const std::vector<NamedTensor>& tensors, const QuantizeOptions& options) {
+  const int64_t per_word = 32 / options.bits;
+  std::vector<TensorHeader> headers;
+  for (const NamedTensor& tensor : tensors) {
+    const MatrixView& view = tensor.view;
+    if (tensor.is_linear) {
+      const int64_t groups = view.cols / options.group_size;
+      const std::string name = LayerName(tensor.name);
+      headers.push_back({name + "qweight", "I32", {view.cols, view.rows / per_word}});
+      headers.push_back({name + "qzeros", "I32", {groups, view.rows / per_word}});
+      headers.push_back({name + "scales", "F16", {groups, view.rows}});
+      continue;
+    }
+    const char* dtype = view.dtype == kernels::DType::kF32   ? "F32"
+                        : view.dtype == kernels::DType::kF16 ? "F16"
+                                                             : "BF16";
+    headers.push_back(
+        {tensor.name, dtype,
+         tensor.is_vector ? std::vector<int64_t>{view.rows} : std::vector<int64_t>{view.rows, view.cols}});
+  }
+  return headers;
+}
+
+absl::Status CheckShapes(const std::vector<NamedTensor>& tensors, const QuantizeOptions& options) {
+  for (const NamedTensor& tensor : tensors) {
+    if (!tensor.is_linear) continue;
+    if (tensor.view.rows % (32 / options.bits) != 0 || tensor.view.cols % options.group_size != 0) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          tensor.name, " [", tensor.view.rows, ", ", tensor.view.cols, "]: outputs must be a multiple of ",
+          32 / options.bits, " and inputs of group_size=", options.group_size, "; choose a smaller --group-size"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const std::string& path,
+                          const QuantizeOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+  int64_t total = 0, done = 0;
+  for (const NamedTensor& tensor : tensors) total += tensor.view.rows * tensor.view.cols;
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file << SafetensorsHeader(Headers(tensors, options), {{"format", "pt"}});
+  for (const NamedTensor& tensor : tensors) {
+    const MatrixView& view = tensor.view;
+    if (tensor.is_linear) {
+      const absl::StatusOr<Words> words = QuantizeMatrix(view, options);
+      if (!words.ok()) {
+        return absl::Status(words.status().code(),
+                            absl::StrCat(tensor.name, " ", std::string(words.status().message())));
+      }
+      WriteAll(file, words->qweight);
+      WriteAll(file, words->qzeros);
+      WriteAll(file, words->scales);
+    } else {
+      file.write(reinterpret_cast<const char*>(view.data), view.rows * view.cols * kernels::DTypeBytes(view.dtype));
+    }
+    done += view.rows * view.cols;
+    if (progress) progress(done, total);
+  }
+  file.close();
+  return file ? absl::OkStatus() : absl::InternalError(absl::StrCat("cannot write ", path));
+}
+
+absl::Status WriteConfig(const std::string& model_dir, const std::string& folder, const QuantizeOptions& options) {
+  RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(model_dir + "/config.json", 1 << 20));
+  RW_ASSIGN_OR_RETURN(nlohmann::json config, ParseJsonObject(text, "config.json"));
+  config["quantization_config"] = {
+      {"quant_method", "awq"}, {"bits", options.bits}, {"group_size", options.group_size},
+      {"version", "gemm"},     {"zero_point", true},   {"modules_to_not_convert", nullptr}};
+  return WriteFileAtomically(folder + "/config.json", config.dump(2) + "\n");
+}
+
+// What a model folder has beside its weights.
+absl::Status CopyTheRest(const std::string& model_dir, const std::string& folder) {
+  std::error_code error;
+  for (const fs::directory_entry& entry : fs::directory_iterator(model_dir, error)) {
+    const std::string name = entry.path().filename(), extension = entry.path().extension();
+    const bool is_wanted = (extension == ".json" && name != "config.json" && !absl::EndsWith(name, ".index.json")) ||
+                           extension == ".model" || extension == ".tiktoken" || name == "merges.txt";
+    if (!entry.is_regular_file() || !is_wanted) continue;
+    fs::copy_file(entry.path(), fs::path(folder) / name, error);
+    if (error) return absl::InternalError(absl::StrCat("cannot copy ", name, ": ", error.message()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Fill(const TensorListing& listing, const std::string& model_dir, const std::string& folder,
+                  const QuantizeOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  if (error) return absl::InternalError(absl::StrCat("cannot create ", folder, ": ", error.message()));
+  RW_RETURN_IF_ERROR(WriteTensors(listing.tensors, folder + "/model.safetensors", options, progress));
+  RW_RETURN_IF_ERROR(WriteConfig(model_dir, folder, options));
+  RW_RETURN_IF_ERROR(CopyTheRest(model_dir, folder));
+  const nlohmann::json marker = {{"model", listing.checkpoint->fingerprint()},
+                                 {"bits", options.bits},
+                                 {"group_size", options.group_size},
+                                 {"method", "round to nearest, clipped ranges"}};
+  return WriteFileAtomically(folder + "/" + kMarker, marker.dump(2) + "\n");
+}
+
+}  // namespace
+
+QuantizedGroup QuantizeGroup(std::span<const float> weights, int levels) {
+  const auto [low, high] = std::minmax_element(weights.begin(), weights.end());
+  const float min = std::min(*low, 0.0f), max = std::max(*high, 0.0f);
+  QuantizedGroup best;
+  double least = INFINITY;
+  for (int percent = 100; percent >= 50; percent -= 5) {
+    QuantizedGroup group{
+        .scale = kernels::FloatToHalf((max - min) * static_cast<float>(percent) / 100.0f / static_cast<float>(levels))};
+    const float scale = kernels::HalfToFloat(group.scale), divisor = scale > 0 ? scale : 1.0f;
+    group.zero =
+        std::clamp(static_cast<int>(std::nearbyint(-min * static_cast<float>(percent) / 100.0f / divisor)), 0, levels);
+    double error = 0;
+    for (const float w : weights) {
+      const float q = std::nearbyint(w / divisor) + static_cast<float>(group.zero);
+      group.q.push_back(static_cast<int>(std::clamp(q, 0.0f, static_cast<float>(levels))));
+      const double difference = static_cast<double>(group.q.back() - group.zero) * scale - w;
+      error += difference * difference;
+    }
+    if (error < least) {
+      least = error;
+      best = std::move(group);
+    }
+  }
+  return best;
+}
+
+absl::Status WriteQuantized(const std::string& model_dir, const std::string& destination,
+                            const QuantizeOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+  if ((options.bits != 4 && options.bits != 8) || options.group_size < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("bits=", options.bits, ", group_size=", options.group_size,
+                                                   ": bits are 4 or 8, a group has inputs"));
+  }
+  RW_ASSIGN_OR_RETURN(const TensorListing listing, ListTensors(model_dir));
+  if (listing.checkpoint->config().weight_bits > 0) {
+    return absl::FailedPreconditionError(absl::StrCat(model_dir, " is quantised already"));
+  }
+  RW_RETURN_IF_ERROR(CheckShapes(listing.tensors, options));
+  std::error_code error;
+  const fs::path path = fs::absolute(destination, error).lexically_normal();
+  const std::string folder = path.has_filename() ? path : path.parent_path();  // "x/" is x
+  const bool exists = !error && fs::exists(folder, error);
+  if (error) return absl::InvalidArgumentError(absl::StrCat(destination, ": ", error.message()));
+  if (exists && !options.replaces)
+    return absl::AlreadyExistsError(absl::StrCat(folder, " exists; --force replaces it"));
+  if (exists && !fs::exists(folder + "/" + kMarker)) {
+    return absl::FailedPreconditionError(absl::StrCat(folder, " was not written by quantize, so it is not replaced"));
+  }
+  const std::string temporary = absl::StrCat(folder, ".", getpid(), ".tmp");
+  absl::Status written = Fill(listing, model_dir, temporary, options, progress);
+  if (written.ok() && exists) fs::remove_all(folder, error);
+  if (written.ok()) fs::rename(temporary, folder, error);
+  if (written.ok() && error)
+    written = absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
+  if (!written.ok()) fs::remove_all(temporary, error);
+  return written;
+}
+
+}  // namespace rankwise::weights
