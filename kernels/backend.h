@@ -110,10 +110,10 @@ struct KvHeadScales {
   float k_scale = 1, k_zero_point = 0, v_scale = 1, v_zero_point = 0;
 };
 
-// Running statistics of what is appended, [n_kv_heads_local, head_dim] each, owned by the caller. K is seen after bias,
-// norm and RoPE.
+// Running statistics of what is appended, owned by the caller. K is seen after bias, norm and RoPE.
 struct KvObservation {
-  std::vector<float> k_min, k_max, v_min, v_max;
+  std::vector<float> k_min, k_max, v_min, v_max;   // [n_kv_heads_local, head_dim]
+  std::vector<uint64_t> k_histogram, v_histogram;  // [n_kv_heads_local, kHistogramBins] of kernels/kv_histogram.h
 };
 
 // The paged cache of one rank: `block_count` blocks, each of kKvBlockTokens tokens for all layers. The layout inside is

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/kv_histogram.h"
 #include "kernels/number_formats.h"
 #include "kernels/test_support.h"
 
@@ -40,7 +41,8 @@ struct Append {
   KvObservation EmptyObservation() const {
     const std::vector<float> low(2 * shape.head_dim, std::numeric_limits<float>::infinity());
     const std::vector<float> high(2 * shape.head_dim, -std::numeric_limits<float>::infinity());
-    return {.k_min = low, .k_max = high, .v_min = low, .v_max = high};
+    const std::vector<uint64_t> counts(2 * kHistogramBins);
+    return {.k_min = low, .k_max = high, .v_min = low, .v_max = high, .k_histogram = counts, .v_histogram = counts};
   }
 };
 
@@ -91,6 +93,8 @@ void ExpectSame(const Result& a, const Result& b) {
   EXPECT_EQ(a.observation.k_max, b.observation.k_max);
   EXPECT_EQ(a.observation.v_min, b.observation.v_min);
   EXPECT_EQ(a.observation.v_max, b.observation.v_max);
+  EXPECT_EQ(a.observation.k_histogram, b.observation.k_histogram);
+  EXPECT_EQ(a.observation.v_histogram, b.observation.v_histogram);
 }
 
 TEST(KvAppendTest, EveryBackendStoresTheSameBytes) {
@@ -215,6 +219,58 @@ TEST(KvPoolTest, OnlineFormatsCostFourBytesPerVector) {
       const auto pool = *backend->CreateKvPool(shape, 5);
       EXPECT_EQ(pool->bytes(), 3 * 2 * 5 * kKvBlockTokens * 2 * KvVectorBytes(format, 128));
     }
+  }
+}
+
+TEST(KvHistogramTest, BinsCoverAllFloatsInOrder) {
+  EXPECT_EQ(HistogramBin(0.0f), kHistogramHalf);
+  EXPECT_EQ(HistogramBin(-0.0f), kHistogramHalf);
+  EXPECT_EQ(HistogramBin(1e30f), kHistogramBins - 1);
+  EXPECT_EQ(HistogramBin(-std::numeric_limits<float>::infinity()), 0);
+  EXPECT_EQ(HistogramBin(1.0f), HistogramBin(17 / 16.0f) - 1) << "16 bins in an octave";
+  EXPECT_EQ(HistogramBin(2.0f), HistogramBin(1.0f) + 16);
+  for (int bin = 0; bin < kHistogramBins; ++bin) {
+    const float low = HistogramEdge(bin), high = HistogramEdge(bin + 1);
+    EXPECT_LT(low, high);
+    EXPECT_EQ(HistogramBin(std::midpoint(low, high)), bin);
+    // Of its two edges a bin holds the one nearer to zero; the middle bin neither.
+    EXPECT_EQ(HistogramBin(std::nextafter(low, high)), bin);
+    EXPECT_EQ(HistogramBin(std::nextafter(high, low)), bin);
+    if (bin < kHistogramHalf) {
+      EXPECT_EQ(HistogramBin(high), bin);
+    }
+    if (bin > kHistogramHalf) {
+      EXPECT_EQ(HistogramBin(low), bin);
+    }
+  }
+  EXPECT_EQ(HistogramEdge(0), -0x1p20f);
+  EXPECT_EQ(HistogramEdge(kHistogramBins), 0x1p20f);
+}
+
+TEST(KvHistogramTest, EveryAppendedValueIsCountedOnceUnderItsHead) {
+  Random random(TestSeed());
+  for (const std::string& name : BackendNames()) {
+    Append a(20, 2, 0, KvFormat::kF32, random);
+    // K starts at 4 heads of 20, V at 6; no rotation, so that values are counted as they are given.
+    a.qkv[4 * 20] = std::numeric_limits<float>::quiet_NaN();
+    a.qkv[7 * 20] = 5.5f;
+    KvObservation expected = a.EmptyObservation();
+    for (int row = 0; row < a.step.row_count(); ++row) {
+      for (int head = 0; head < 2; ++head) {
+        for (int d = 0; d < 20; ++d) {
+          const float k = a.qkv[(row * 8 + 4 + head) * 20 + d], v = a.qkv[(row * 8 + 6 + head) * 20 + d];
+          if (!std::isnan(k)) ++expected.k_histogram[head * kHistogramBins + HistogramBin(k)];
+          ++expected.v_histogram[head * kHistogramBins + HistogramBin(v)];
+        }
+      }
+    }
+    const KvObservation seen = RunOn(name, 3, a, /*has_norm=*/false).observation;
+    EXPECT_EQ(seen.k_histogram, expected.k_histogram) << name;
+    EXPECT_EQ(seen.v_histogram, expected.v_histogram) << name;
+    EXPECT_EQ(seen.v_histogram[kHistogramBins + HistogramBin(5.5f)], 1u) << "one value is beyond 2";
+    const auto counted = [](const std::vector<uint64_t>& h) { return std::accumulate(h.begin(), h.end(), 0ll); };
+    EXPECT_EQ(counted(seen.k_histogram), a.step.row_count() * 40 - 1) << "NaN is not counted";
+    EXPECT_EQ(counted(seen.v_histogram), a.step.row_count() * 40);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "kernels/kv_histogram.h"
 
 namespace rankwise::kernels {
 
@@ -175,6 +176,10 @@ void CheckRope(const AttentionShape& shape, const RopeTable& rope, const KvObser
   const size_t values = static_cast<size_t>(shape.n_kv_heads_local) * shape.head_dim;
   for (const auto* v : {&observation->k_min, &observation->k_max, &observation->v_min, &observation->v_max}) {
     RW_CHECK(v->size() == values, absl::StrCat("an observation holds ", v->size(), " values, not ", values));
+  }
+  const size_t bins = static_cast<size_t>(shape.n_kv_heads_local) * kHistogramBins;
+  for (const auto* h : {&observation->k_histogram, &observation->v_histogram}) {
+    RW_CHECK(h->size() == bins, absl::StrCat("an observation holds ", h->size(), " bins, not ", bins));
   }
 }
 

@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/kv_histogram.h"
 #include "kernels/number_formats.h"
 
 // RopeAppend and Attention of the CPU backend: how their work is cut for the team.
@@ -47,7 +48,7 @@ absl::Status CpuBackend::RopeAppend(float* qkv, const AttentionShape& shape, con
   }
   const auto append = isa_.rope_append[static_cast<int>(kv.shape().format)];
   const int64_t rows = step_.row_count(), heads = shape.n_kv_heads_local;
-  // One head's minima and maxima belong to one thread.
+  // One head's statistics belong to one thread.
   const int64_t piece = observation ? rows : kAppendRows;
   // Nor may two threads write to one block: two tokens of an int4 block share a byte.
   const auto block_begin = [&](int64_t row) {
@@ -63,6 +64,11 @@ absl::Status CpuBackend::RopeAppend(float* qkv, const AttentionShape& shape, con
       const KvSlot slot{block, block + kv.v_offset(), step_.slot(row), kv.scales(layer, head),
                         &kv.Online(layer, head, step_.block(row))};
       saturated += append(task, row, step_.position(row), head, slot);
+      if (observation) {
+        const float* k = qkv + row * task.qkv_stride + int64_t{task.n_heads + head} * task.head_dim;
+        CountValues(&observation->k_histogram[head * kHistogramBins], k, task.head_dim);
+        CountValues(&observation->v_histogram[head * kHistogramBins], k + heads * task.head_dim, task.head_dim);
+      }
     }
     if (saturated > 0) kv.AddSaturated(layer, saturated);
   };

@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/kv_histogram.h"
 #include "kernels/number_formats.h"
 #include "kernels/preconditions.h"
 
@@ -260,6 +261,8 @@ class ReferenceBackend : public Backend {
       for (int64_t i = 0; observation && i < int64_t{kv_heads} * dims; ++i) {
         Observe(observation->k_min, observation->k_max, i, k[i]);
         Observe(observation->v_min, observation->v_max, i, v[i]);
+        CountValues(&observation->k_histogram[i / dims * kHistogramBins], &k[i], 1);
+        CountValues(&observation->v_histogram[i / dims * kHistogramBins], &v[i], 1);
       }
     }
     return absl::OkStatus();

@@ -28,28 +28,12 @@ static_assert(std::endian::native == std::endian::little);
 
 constexpr int kFormatVersion = 1;
 constexpr int kMostRanks = 4096;
-constexpr float kMostValue = 1e38f;  // max - min and min + max stay finite
 constexpr char kManifestName[] = "kv_scales.json";
 constexpr char kHowToWrite[] = "; `rankwise calibrate` and `rankwise kv-qparams` write it";
 
-struct Parameters {
-  float scale, zero_point;
-};
-
-// The range [min, max] on 256 steps. A constant is represented exactly: q = 0 with zero point = the constant.
-Parameters FromRange(float min, float max) {
-  // The least normal number: its reciprocal is still finite.
-  return {.scale = std::max((max - min) / 255.0f, std::numeric_limits<float>::min()), .zero_point = (min + max) / 2.0f};
-}
-
-KvHeadScales FromHeads(const KvStatistics& statistics, int layer, shard::Range heads) {
-  const int64_t row = int64_t{layer} * statistics.n_kv_heads;
-  const auto begin = (row + heads.begin) * statistics.head_dim, end = (row + heads.end) * statistics.head_dim;
-  const auto range = [&](const std::vector<float>& low, const std::vector<float>& high) {
-    return FromRange(*std::min_element(low.begin() + begin, low.begin() + end),
-                     *std::max_element(high.begin() + begin, high.begin() + end));
-  };
-  const Parameters k = range(statistics.k_min, statistics.k_max), v = range(statistics.v_min, statistics.v_max);
+KvHeadScales OfHeads(const KvStatistics& statistics, int layer, shard::Range heads, const ClipOptions& clip) {
+  const Int8Parameters k = ChooseParameters(statistics.Spread(true, layer, heads), clip);
+  const Int8Parameters v = ChooseParameters(statistics.Spread(false, layer, heads), clip);
   return {.k_scale = k.scale, .k_zero_point = k.zero_point, .v_scale = v.scale, .v_zero_point = v.zero_point};
 }
 
@@ -72,28 +56,6 @@ shard::Range HeadsOfRank(int n_kv_heads, int rank, int world_size) {
   const int64_t begin = int64_t{n_kv_heads} * rank / world_size;
   const int64_t end = std::max(begin + 1, int64_t{n_kv_heads} * (rank + 1) / world_size);
   return {begin, end};
-}
-
-absl::Status CheckStatistics(const KvStatistics& s) {
-  const auto count = static_cast<size_t>(s.n_layers) * s.n_kv_heads * s.head_dim;
-  if (count == 0) return absl::InvalidArgumentError("statistics of no layer or head");
-  for (const auto* values : {&s.k_min, &s.k_max, &s.v_min, &s.v_max}) {
-    if (values->size() != count) {
-      return absl::InvalidArgumentError(absl::StrCat("statistics hold ", values->size(), " values instead of ", count));
-    }
-    for (const float value : *values) {
-      if (!(std::abs(value) <= kMostValue)) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("statistics hold ", value, ", which is not finite or beyond ", kMostValue));
-      }
-    }
-  }
-  for (size_t i = 0; i < count; ++i) {
-    if (s.k_min[i] > s.k_max[i] || s.v_min[i] > s.v_max[i]) {
-      return absl::InvalidArgumentError("statistics hold a minimum above its maximum");
-    }
-  }
-  return absl::OkStatus();
 }
 
 absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
@@ -121,74 +83,6 @@ absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
 }
 
 }  // namespace
-
-std::vector<float> KvStatistics::AbsMax(bool of_keys) const {
-  const std::vector<float>&low = of_keys ? k_min : v_min, &high = of_keys ? k_max : v_max;
-  std::vector<float> absmax(low.size());
-  for (size_t i = 0; i < absmax.size(); ++i) absmax[i] = std::max(std::abs(low[i]), std::abs(high[i]));
-  return absmax;
-}
-
-absl::Status WriteKvStatistics(const std::string& path, const KvStatistics& statistics) {
-  RW_RETURN_IF_ERROR(CheckStatistics(statistics));
-  const std::vector<int64_t> shape = {statistics.n_layers, statistics.n_kv_heads, statistics.head_dim};
-  const std::vector<float> k_absmax = statistics.AbsMax(true), v_absmax = statistics.AbsMax(false);
-  const std::pair<const char*, const std::vector<float>*> tensors[] = {
-      {"key.min", &statistics.k_min},   {"key.max", &statistics.k_max},   {"key.absmax", &k_absmax},
-      {"value.min", &statistics.v_min}, {"value.max", &statistics.v_max}, {"value.absmax", &v_absmax}};
-  std::vector<weights::TensorHeader> headers;
-  for (const auto& [name, values] : tensors) headers.push_back({.name = name, .dtype = "F32", .shape = shape});
-  std::string bytes = weights::SafetensorsHeader(headers, {{"format", "rankwise-kv-statistics-1"},
-                                                           {"model", statistics.model_fingerprint},
-                                                           {"dataset", statistics.dataset},
-                                                           {"samples", absl::StrCat(statistics.sample_count)},
-                                                           {"sample_tokens", absl::StrCat(statistics.sample_tokens)}});
-  for (const auto& [name, values] : tensors) {
-    bytes.append(reinterpret_cast<const char*>(values->data()), values->size() * sizeof(float));
-  }
-  return WriteFileAtomically(path, bytes);
-}
-
-absl::StatusOr<KvStatistics> ReadKvStatistics(const std::string& path) {
-  RW_ASSIGN_OR_RETURN(const weights::SafetensorsFile file, weights::SafetensorsFile::Open(path));
-  const auto metadata = [&](const char* key) {
-    const auto found = file.metadata().find(key);
-    return found == file.metadata().end() ? std::string() : found->second;
-  };
-  if (metadata("format") != "rankwise-kv-statistics-1") {
-    return absl::InvalidArgumentError(absl::StrCat(path, " is not a KV statistics file"));
-  }
-  KvStatistics statistics{.model_fingerprint = metadata("model"), .dataset = metadata("dataset")};
-  if (!absl::SimpleAtoi(metadata("samples"), &statistics.sample_count)) statistics.sample_count = 0;
-  if (!absl::SimpleAtoi(metadata("sample_tokens"), &statistics.sample_tokens)) statistics.sample_tokens = 0;
-  const std::pair<const char*, std::vector<float>*> tensors[] = {{"key.min", &statistics.k_min},
-                                                                 {"key.max", &statistics.k_max},
-                                                                 {"value.min", &statistics.v_min},
-                                                                 {"value.max", &statistics.v_max}};
-  for (const auto& [name, values] : tensors) {
-    const auto found = file.tensors().find(name);
-    if (found == file.tensors().end() || found->second.dtype != "F32" || found->second.shape.size() != 3) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(path, ": ", name, " is not an F32 tensor [layers, KV heads, channels]"));
-    }
-    const weights::StoredTensor& tensor = found->second;
-    if (tensor.shape != file.tensors().at("key.min").shape) {
-      return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " has another shape than key.min"));
-    }
-    for (const int64_t dim : tensor.shape) {
-      if (dim < 1 || dim > (1 << 20))
-        return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " has a dimension of ", dim));
-    }
-    statistics.n_layers = static_cast<int>(tensor.shape[0]);
-    statistics.n_kv_heads = static_cast<int>(tensor.shape[1]);
-    statistics.head_dim = static_cast<int>(tensor.shape[2]);
-    values->resize(tensor.bytes / sizeof(float));
-    std::memcpy(values->data(), tensor.data, tensor.bytes);
-  }
-  const absl::Status checked = CheckStatistics(statistics);
-  if (!checked.ok()) return absl::Status(checked.code(), absl::StrCat(path, ": ", std::string(checked.message())));
-  return statistics;
-}
 
 absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statistics, int world_size,
                            Granularity granularity) {

@@ -6,40 +6,39 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "worker/kv/kv_clip.h"
+#include "worker/kv/kv_statistics.h"
 #include "worker/shard/shard_plan.h"
 
 // Static int8 parameters of the KV cache: from calibration statistics to scale files to what a rank needs.
 namespace rankwise::kv {
 
-// What calibration saw, whole model: per layer, KV head and channel. K after bias, norm and RoPE, rotate-half order.
-struct KvStatistics {
-  std::string model_fingerprint;
-  int n_layers = 0;
-  int n_kv_heads = 0;
-  int head_dim = 0;
-  std::string dataset;  // "ptb", "c4", a path …
-  int64_t sample_count = 0;
-  int64_t sample_tokens = 0;
-  // [n_layers, n_kv_heads, head_dim] each.
-  std::vector<float> k_min, k_max, v_min, v_max;
-
-  std::vector<float> AbsMax(bool of_keys) const;
+enum class Granularity : uint8_t {
+  kRank,  // one for all KV heads of a rank: "tensor" on the command line and in the manifest
+  kHead,
 };
-
-// One safetensors file with tensors key.min, key.max, key.absmax, value.… and the rest as metadata.
-absl::Status WriteKvStatistics(const std::string& path, const KvStatistics& statistics);
-absl::StatusOr<KvStatistics> ReadKvStatistics(const std::string& path);
-
-enum class Granularity : uint8_t { kRank, kHead };
 
 // Writes layers.{layer}.past_kv_scale.{rank}.weight (16 bytes: little-endian f32 k_scale, k_zp, v_scale, v_zp) for
 // every layer and rank of `world_size`; with kHead also layers.{layer}.past_kv_scale_head.{head}.weight in the same
-// form for every KV head; and kv_scales.json, the manifest: format version, model fingerprint, tp, shapes, dataset,
-// samples, id (xxh3 of all scales, 16 hex digits). Files are written to temporary names and renamed. The folder must
-// exist. zp = (min + max) / 2, scale = (max - min) / 255 in f32; a constant channel range gets the smallest scale that
-// keeps it exact.
+// form for every KV head; and kv_scales.json, the manifest: format version, model fingerprint, tp, the ranks' KV heads,
+// shapes, granularity, clipping, dataset, samples, seed, id (xxh3 of all scales, 16 hex digits). Files are written to
+// temporary names and renamed. The folder must exist. FailedPrecondition when clipping needs histograms that the
+// statistics lack.
 absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statistics, int world_size,
-                           Granularity granularity);
+                           Granularity granularity, const ClipOptions& clip = {});
+
+// What the scales cost against a cache without quantisation, on a text.
+struct MeasuredLoss {
+  std::string kv;    // "int8", "int8-head"
+  std::string text;  // its file
+  int64_t token_count = 0;
+  double nll_change = 0;  // relative: 0.001 is 0.1 %
+  double kl_mean = 0;     // nats a token
+};
+
+// Adds the figures to the manifest under "measured", one entry for each `kv`. The id stays: it is of the scales.
+// FailedPrecondition when the folder has no manifest, or one of another id.
+absl::Status RecordMeasurement(const std::string& folder, const std::string& manifest_id, const MeasuredLoss& loss);
 
 struct RankScales {
   std::string manifest_id;

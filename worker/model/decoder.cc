@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/kv_histogram.h"
 #include "worker/model/rope_table.h"
 
 namespace rankwise::model {
@@ -88,7 +89,13 @@ absl::Status Decoder::Load(const weights::Checkpoint& checkpoint) {
     const size_t count = static_cast<size_t>(attention_.n_kv_heads_local) * config_.head_dim;
     const std::vector<float> highest(count, std::numeric_limits<float>::infinity());
     const std::vector<float> lowest(count, -std::numeric_limits<float>::infinity());
-    observations_.assign(config_.n_layers, {.k_min = highest, .k_max = lowest, .v_min = highest, .v_max = lowest});
+    const std::vector<uint64_t> counts(static_cast<size_t>(attention_.n_kv_heads_local) * kernels::kHistogramBins);
+    observations_.assign(config_.n_layers, {.k_min = highest,
+                                            .k_max = lowest,
+                                            .v_min = highest,
+                                            .v_max = lowest,
+                                            .k_histogram = counts,
+                                            .v_histogram = counts});
   }
   return absl::OkStatus();
 }

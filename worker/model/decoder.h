@@ -21,7 +21,7 @@ struct DecoderOptions {
   kernels::KvFormat kv_format = kernels::KvFormat::kF16;
   int32_t block_count = 0;                       // of the paged cache
   std::vector<kernels::KvHeadScales> kv_scales;  // [n_layers * n_kv_heads_local], int8 only
-  bool observes_kv = false;                      // keep min and max of all K and V that are appended
+  bool observes_kv = false;                      // keep statistics of all K and V that are appended
   absl::Duration collective_timeout = absl::Seconds(60);
 };
 
