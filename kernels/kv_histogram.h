@@ -26,8 +26,8 @@ inline constexpr int kShift = 23 - std::countr_zero(unsigned{kHistogramBinsPerOc
 inline int HistogramBin(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
   if (magnitude < histogram_internal::kLeastBits) return kHistogramHalf;
-  const int step = std::min<int>((magnitude - histogram_internal::kLeastBits) >> histogram_internal::kShift,
-                                 kHistogramHalf - 1);
+  const int step =
+      std::min<int>((magnitude - histogram_internal::kLeastBits) >> histogram_internal::kShift, kHistogramHalf - 1);
   return bits >> 31 ? kHistogramHalf - 1 - step : kHistogramHalf + 1 + step;
 }
 

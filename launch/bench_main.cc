@@ -22,6 +22,7 @@
 #include "kernels/machine_limits.h"
 #include "worker/comm/mpi_communicator.h"
 #include "worker/engine/rank.h"
+#include "worker/kv/kv_scales.h"
 
 namespace rankwise {
 namespace {
@@ -38,6 +39,8 @@ struct Flags {
   std::string baseline_kv = "f32";
   int windows = 64;
   int window_tokens = 255;
+  int skipped_windows = 0;
+  bool is_recorded = false;
   bool is_json = false;
 };
 
@@ -228,7 +231,7 @@ absl::Status CompareKv(const Flags& flags, kernels::Backend& backend, comm::Comm
   double baseline_nll = 0, other_nll = 0, kl = 0, worst_kl = 0;
   int64_t targets = 0, agreements = 0;
   for (int w = 0; w < flags.windows; ++w) {
-    const size_t begin = static_cast<size_t>(w) * flags.window_tokens;
+    const size_t begin = static_cast<size_t>(flags.skipped_windows + w) * flags.window_tokens;
     if (begin + flags.window_tokens > ids.size()) break;
     std::vector<int32_t> window;
     if (const auto bos = tokenizer->bos_id()) window.push_back(*bos);
@@ -253,15 +256,21 @@ absl::Status CompareKv(const Flags& flags, kernels::Backend& backend, comm::Comm
   const auto count = static_cast<double>(targets);
   int64_t saturated = 0;
   for (const int64_t n : other.decoder->kv_pool().SaturatedCounts()) saturated += n;
+  const kv::MeasuredLoss loss{.kv = flags.rank.kv,
+                              .text = flags.text_file,
+                              .token_count = targets,
+                              .nll_change = other_nll / baseline_nll - 1,
+                              .kl_mean = kl / count};
   std::printf("%s, tp %d, %lld tokens of %s\n", flags.rank.model_dir.c_str(), communicator.size(),
               static_cast<long long>(targets), flags.text_file.c_str());
   std::printf("%-10s %12s %12s %10s %12s %12s %10s %10s\n", "kv", "NLL", "perplexity", "dNLL", "KL mean", "KL worst",
               "same top", "saturated");
   std::printf("%-10s %12.6f %12.6f\n", flags.baseline_kv.c_str(), baseline_nll / count, std::exp(baseline_nll / count));
   std::printf("%-10s %12.6f %12.6f %9.4f%% %12.3e %12.3e %9.2f%% %10lld\n", other.kv.c_str(), other_nll / count,
-              std::exp(other_nll / count), 100 * (other_nll / baseline_nll - 1), kl / count, worst_kl,
+              std::exp(other_nll / count), 100 * loss.nll_change, loss.kl_mean, worst_kl,
               100.0 * static_cast<double>(agreements) / count, static_cast<long long>(saturated));
-  return absl::OkStatus();
+  if (!flags.is_recorded) return absl::OkStatus();
+  return kv::RecordMeasurement(flags.rank.kv_scales_dir, other.kv_scales_id, loss);
 }
 
 absl::Status BenchEngine(Flags& flags, kernels::Backend& backend, comm::Communicator& communicator) {
@@ -343,6 +352,10 @@ int main(int argc, char** argv) {
   kv->add_option("--baseline", flags.baseline_kv, "KV format to compare with")->capture_default_str();
   kv->add_option("--windows", flags.windows, "Windows at most")->capture_default_str();
   kv->add_option("--window-tokens", flags.window_tokens, "Tokens of a window behind its BOS")->capture_default_str();
+  kv->add_option("--skip-windows", flags.skipped_windows, "Windows left out at the text's beginning")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  kv->add_flag("--record", flags.is_recorded, "Write dNLL and KL into the manifest of --kv-scales");
   app.require_subcommand(1);
   CLI11_PARSE(app, argc, argv);
   StartLog("bench", "warn");

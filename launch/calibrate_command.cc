@@ -35,7 +35,7 @@ namespace {
 constexpr char kDescription[] = R"(Record the range of keys and values, for an int8 KV cache
 
 Runs windows of text through the model on `--tp` ranks of this host and writes min, max and absmax of every layer, KV head
-and channel to WORK_DIR/kv_statistics.safetensors. Nothing is downloaded: ptb, c4, wikitext2 and pileval are looked for in
+and channel, and histograms, to WORK_DIR/kv_statistics.safetensors. Nothing is downloaded: ptb, c4, wikitext2 and pileval are looked for in
 --data-dir; anything else is a text file or a JSONL file with "text" in each record, or several, separated by commas.)";
 
 constexpr char kExamples[] = R"(Examples:
@@ -144,8 +144,8 @@ absl::StatusOr<ClusterOptions> ObservingCluster(const CalibrateFlags& flags, con
   options.worker_flags.insert(
       options.worker_flags.end(),
       {"--observe", path, "--dataset", flags.dataset, "--samples", absl::StrCat(windows.tokens.size()),
-       "--sample-tokens", absl::StrCat(window_tokens), "--max-tokens", absl::StrCat(window_tokens + 1), "--max-running",
-       absl::StrCat(kInFlight)});
+       "--sample-tokens", absl::StrCat(window_tokens), "--sample-seed", absl::StrCat(flags.windows.seed),
+       "--max-tokens", absl::StrCat(window_tokens + 1), "--max-running", absl::StrCat(kInFlight)});
   return options;
 }
 

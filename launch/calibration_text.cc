@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <numeric>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -90,7 +91,7 @@ absl::Status AppendJsonLines(const std::string& path, const std::string& text, s
 // The rows as the Hugging Face data sets have them: ptb without the ends of lines, wikitext2 with them, and empty lines
 // as rows of nothing.
 void AppendRows(const std::string& text, bool keeps_ends, std::vector<std::string>& documents) {
-  for (const absl::string_view line : absl::StrSplit(text, '\n')) {
+  for (const absl::string_view line : absl::StrSplit(absl::StripSuffix(text, "\n"), '\n')) {
     const absl::string_view stripped = absl::StripAsciiWhitespace(line);
     if (!keeps_ends && stripped.empty()) continue;
     documents.push_back(keeps_ends ? (stripped.empty() ? std::string() : absl::StrCat(line, "\n"))
@@ -142,27 +143,34 @@ absl::StatusOr<Windows> FromDocuments(const CalibrationSource& source, const Enc
                                       const WindowOptions& options) {
   const auto length = static_cast<size_t>(options.window_tokens);
   std::vector<std::optional<std::vector<int32_t>>> encoded(source.documents.size());
+  std::vector<size_t> candidates(source.documents.size());  // not yet seen to be too short
+  std::iota(candidates.begin(), candidates.end(), size_t{0});
+  size_t longest = 0;
   Windows windows;
   Random random(options.seed);
-  // Enough draws to see nearly every document for one window before the text is called too short.
-  const size_t draw_limit = 8 * source.documents.size();
-  for (int64_t i = 0; i < options.samples; ++i) {
-    size_t draws = 0;
-    for (; draws < draw_limit; ++draws) {
-      const size_t index = random.Below(encoded.size());
-      if (!encoded[index]) {
-        RW_ASSIGN_OR_RETURN(encoded[index], encode(source.documents[index]));
-      }
-      if (encoded[index]->size() < length) continue;
+  while (static_cast<int64_t>(windows.tokens.size()) < options.samples && !candidates.empty()) {
+    const size_t drawn = random.Below(candidates.size()), index = candidates[drawn];
+    if (!encoded[index]) {
+      RW_ASSIGN_OR_RETURN(encoded[index], encode(source.documents[index]));
+    }
+    if (encoded[index]->size() >= length) {
       windows.tokens.push_back(RandomWindow(*encoded[index], length, random));
-      break;
+      continue;
     }
-    if (draws == draw_limit) {
-      RW_ASSIGN_OR_RETURN(windows, FromStream(source, encode, options));
-      windows.notice = absl::StrCat("no document of ", source.name, " has ", length, " tokens: they are joined",
-                                    windows.notice.empty() ? "" : "; ", windows.notice);
-      return windows;
-    }
+    // Never drawn again: the choice among the others is the same as if it were, and rejected.
+    longest = std::max(longest, encoded[index]->size());
+    encoded[index]->clear();
+    candidates[drawn] = candidates.back();
+    candidates.pop_back();
+  }
+  if (candidates.empty())
+    return absl::InvalidArgumentError(absl::StrCat(
+        source.name, ": none of its ", source.documents.size(), " documents has the ", length,
+        " tokens of a window, the longest ", longest,
+        "; give whole documents, a smaller --calib-seqlen, or the file's own name, which joins its documents"));
+  if (static_cast<int64_t>(candidates.size()) < options.samples) {
+    const int64_t usable = absl::c_count_if(encoded, [&](const auto& e) { return e && e->size() >= length; });
+    windows.notice = absl::StrCat(source.name, ": ", options.samples, " windows come from ", usable, " documents");
   }
   return windows;
 }

@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <set>
 
 #include "absl/strings/str_cat.h"
@@ -55,7 +56,7 @@ TEST_F(CalibrationText, NamesAreFoundInTheirFolder) {
 
   Write("wikitext2.raw.valid.txt", " \n = Title = \n \n Text .\n");
   EXPECT_THAT(ReadCalibrationSource("wikitext2", folder_)->documents,
-              ElementsAre("", " = Title = \n", "", " Text .\n", ""));
+              ElementsAre("", " = Title = \n", "", " Text .\n"));
 
   Write("c4.b.jsonl", "{\"text\":\"b\"}\n");
   Write("c4.a.jsonl", "{\"text\":\"a\\n1\"}\n\n{\"text\":\"a2\",\"url\":\"x\"}");
@@ -115,10 +116,33 @@ TEST_F(CalibrationText, DocumentWindowsStayWithinOneDocument) {
     EXPECT_GE(window.front(), 100);
     EXPECT_LT(window.back(), 130);
   }
-  EXPECT_EQ(windows->notice, "");
-  const auto joined = CutWindows(source, Words, {.samples = 2, .window_tokens = 33});
-  ASSERT_TRUE(joined.ok());
-  EXPECT_THAT(joined->notice, HasSubstr("joined"));
+  EXPECT_THAT(windows->notice, HasSubstr("8 windows come from 1 documents"));
+  EXPECT_EQ(CutWindows(source, Words, {.samples = 1, .window_tokens = 20})->notice, "");
+  EXPECT_EQ(CutWindows(source, Words, {.samples = 1, .window_tokens = 30})->tokens[0].front(), 100)
+      << "exactly as long";
+  const absl::Status refused = CutWindows(source, Words, {.samples = 2, .window_tokens = 31}).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(refused));
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("none of its 2 documents has the 31 tokens"));
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("the longest 30"));
+}
+
+TEST_F(CalibrationText, OneLongDocumentAmongThousandsIsFound) {
+  CalibrationSource source{.name = "c4", .rule = SamplingRule::kDocuments};
+  for (int i = 0; i < 3000; ++i) source.documents.push_back(i == 1234 ? Numbers(0, 20) : "7 8 9");
+  const auto windows = CutWindows(source, Words, {.samples = 3, .window_tokens = 20});
+  ASSERT_TRUE(windows.ok()) << windows.status();
+  EXPECT_THAT(windows->tokens, SizeIs(3));
+}
+
+TEST_F(CalibrationText, EveryLongDocumentIsEquallyLikely) {
+  CalibrationSource source{.name = "c4", .rule = SamplingRule::kDocuments};
+  for (int i = 0; i < 40; ++i) source.documents.push_back(i % 4 == 0 ? Numbers(100 * i, 100 * i + 30) : "1 2");
+  const auto windows = CutWindows(source, Words, {.samples = 2000, .window_tokens = 30});
+  ASSERT_TRUE(windows.ok()) << windows.status();
+  std::map<int32_t, int> drawn;
+  for (const auto& window : windows->tokens) ++drawn[window.front() / 100];
+  EXPECT_THAT(drawn, SizeIs(10));
+  for (const auto& [document, times] : drawn) EXPECT_NEAR(times, 200, 70) << document;  // five standard deviations
 }
 
 TEST_F(CalibrationText, BlocksJoinShortDocumentsOnly) {
@@ -129,6 +153,10 @@ TEST_F(CalibrationText, BlocksJoinShortDocumentsOnly) {
   ASSERT_TRUE(windows.ok());
   EXPECT_THAT(windows->tokens, SizeIs(2));
   EXPECT_THAT(windows->notice, HasSubstr("fewer than the 4"));
+  EXPECT_EQ(CutWindows(source, Words, {.samples = 4, .window_tokens = 25})->tokens, windows->tokens);
+  const absl::Status refused = CutWindows(source, Words, {.samples = 4, .window_tokens = 61}).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(refused));
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("join to 60 tokens, fewer than one window of 61"));
   for (const auto& window : windows->tokens)
     for (const int32_t token : window) EXPECT_LT(token, 60);
 }

@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "base/check.h"
@@ -55,11 +58,28 @@ void PrintLoad(const rankwise::v1::GetLoadResponse& load) {
                  g.serving() ? "serving" : "not serving", g.running(), g.waiting(),
                  absl::StrFormat("%d/%d", g.blocks_free(), g.blocks_total()), g.steps(), g.step_seconds() * 1e3,
                  g.prompt_tokens(), g.generated_tokens(), g.cached_tokens());
-  absl::PrintF("\n%5s %5s %-24s %8s %12s %12s %10s\n", "group", "rank", "host", "pid", "weights", "kv", "saturated");
+  absl::PrintF("\n%5s %5s %-24s %8s %12s %12s\n", "group", "rank", "host", "pid", "weights", "kv");
   for (const auto& g : load.groups())
     for (const auto& r : g.ranks())
-      absl::PrintF("%5d %5d %-24s %8d %12s %12s %10d\n", g.group(), r.rank(), r.host(), r.pid(),
-                   Mebibytes(r.weight_bytes()), Mebibytes(r.kv_bytes()), r.saturated_values());
+      absl::PrintF("%5d %5d %-24s %8d %12s %12s\n", g.group(), r.rank(), r.host(), r.pid(), Mebibytes(r.weight_bytes()),
+                   Mebibytes(r.kv_bytes()));
+}
+
+// Values that the cache could not hold: nothing to see when calibration was wide enough.
+void PrintSaturated(const rankwise::v1::GetLoadResponse& load) {
+  for (const auto& g : load.groups()) {
+    for (const auto& r : g.ranks()) {
+      if (r.saturated_values() == 0) continue;
+      std::vector<std::string> layers;
+      for (int layer = 0; layer < r.saturated_by_layer_size(); ++layer) {
+        if (const uint64_t count = r.saturated_by_layer(layer); count > 0)
+          layers.push_back(absl::StrCat(count, " in layer ", layer));
+      }
+      absl::PrintF(
+          "\ngroup %d, rank %d: %d K and V values were out of the cache format's range and stored at its end: %s\n",
+          g.group(), r.rank(), r.saturated_values(), absl::StrJoin(layers, ", "));
+    }
+  }
 }
 
 // What the cache holds, and what it would take as f16.
@@ -99,6 +119,7 @@ absl::Status Status(const StatusFlags& flags) {
     absl::PrintF("model    unknown: %s\n", model_status.error_message());
   }
   PrintLoad(load);
+  PrintSaturated(load);
   return absl::OkStatus();
 }
 

@@ -1,80 +1,86 @@
 #include "worker/calibration.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
-#include "worker/kv/kv_scales.h"
+#include "kernels/kv_histogram.h"
+#include "worker/kv/kv_statistics.h"
 
 namespace rankwise {
 namespace {
 
-// All layers' k_min, k_max, v_min, v_max of one rank, one after the other.
-std::string Serialize(const std::vector<kernels::KvObservation>& observations) {
+template <typename T>
+void Append(const std::vector<T>& values, std::string& bytes) {
+  bytes.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+std::string Serialize(const kernels::KvObservation& layer) {
   std::string bytes;
-  for (const kernels::KvObservation& layer : observations) {
-    for (const auto* values : {&layer.k_min, &layer.k_max, &layer.v_min, &layer.v_max}) {
-      bytes.append(reinterpret_cast<const char*>(values->data()), values->size() * sizeof(float));
-    }
-  }
+  for (const auto* values : {&layer.k_min, &layer.k_max, &layer.v_min, &layer.v_max}) Append(*values, bytes);
+  for (const auto* counts : {&layer.k_histogram, &layer.v_histogram}) Append(*counts, bytes);
   return bytes;
 }
 
-// Widens the statistics by one rank's message; ranks that share a KV head saw the same values.
-absl::Status Merge(const std::string& bytes, const shard::ShardPlan& plan, kv::KvStatistics& statistics) {
-  const int64_t count = plan.kv_heads.count() * statistics.head_dim;
-  if (static_cast<int64_t>(bytes.size()) != statistics.n_layers * 4 * count * static_cast<int64_t>(sizeof(float))) {
+// Puts one rank's statistics of a layer in their place. Ranks that share a KV head saw the same values: theirs are the
+// same, and not to be added.
+absl::Status Place(const std::string& bytes, const shard::ShardPlan& plan, int layer, kv::KvStatistics& statistics) {
+  const int64_t heads = plan.kv_heads.count(), first = int64_t{layer} * statistics.n_kv_heads + plan.kv_heads.begin;
+  const int64_t float_bytes = heads * statistics.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t count_bytes = heads * kernels::kHistogramBins * static_cast<int64_t>(sizeof(uint64_t));
+  if (static_cast<int64_t>(bytes.size()) != 4 * float_bytes + 2 * count_bytes) {
     return absl::DataLossError(absl::StrCat("rank ", plan.rank, " sent ", bytes.size(), " bytes of statistics"));
   }
   const char* source = bytes.data();
-  std::vector<float> part(count);
-  for (int layer = 0; layer < statistics.n_layers; ++layer) {
-    const int64_t offset =
-        (static_cast<int64_t>(layer) * statistics.n_kv_heads + plan.kv_heads.begin) * statistics.head_dim;
-    for (auto* whole : {&statistics.k_min, &statistics.k_max, &statistics.v_min, &statistics.v_max}) {
-      std::memcpy(part.data(), source, count * sizeof(float));
-      source += count * sizeof(float);
-      const bool is_min = whole == &statistics.k_min || whole == &statistics.v_min;
-      for (int64_t i = 0; i < count; ++i) {
-        float& value = (*whole)[offset + i];
-        value = is_min ? std::min(value, part[i]) : std::max(value, part[i]);
-      }
-    }
+  for (auto* whole : {&statistics.k_min, &statistics.k_max, &statistics.v_min, &statistics.v_max}) {
+    std::memcpy(&(*whole)[first * statistics.head_dim], source, float_bytes);
+    source += float_bytes;
+  }
+  for (auto* whole : {&statistics.k_histogram, &statistics.v_histogram}) {
+    std::memcpy(&(*whole)[first * kernels::kHistogramBins], source, count_bytes);
+    source += count_bytes;
   }
   return absl::OkStatus();
+}
+
+kv::KvStatistics EmptyStatistics(const engine::Rank& rank, const SampleInfo& samples) {
+  const weights::ModelConfig& config = rank.decoder->config();
+  const int64_t heads = static_cast<int64_t>(config.n_layers) * config.n_kv_heads;
+  const std::vector<float> values(heads * config.head_dim);
+  const std::vector<uint64_t> counts(heads * kernels::kHistogramBins);
+  return {.model_fingerprint = rank.checkpoint->fingerprint(),
+          .n_layers = config.n_layers,
+          .n_kv_heads = config.n_kv_heads,
+          .head_dim = config.head_dim,
+          .dataset = samples.dataset,
+          .sample_count = samples.sample_count,
+          .sample_tokens = samples.sample_tokens,
+          .seed = samples.seed,
+          .k_min = values,
+          .k_max = values,
+          .v_min = values,
+          .v_max = values,
+          .k_histogram = counts,
+          .v_histogram = counts};
 }
 
 }  // namespace
 
 absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& path,
                                const SampleInfo& samples, absl::Duration timeout) {
-  std::vector<std::string> parts;
-  RW_RETURN_IF_ERROR(communicator.GatherMessages(Serialize(rank.decoder->observations()), parts, timeout));
+  kv::KvStatistics statistics = EmptyStatistics(rank, samples);
   absl::Status written;
-  if (communicator.rank() == 0) {
-    const weights::ModelConfig& config = rank.decoder->config();
-    const int64_t count = static_cast<int64_t>(config.n_layers) * config.n_kv_heads * config.head_dim;
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    kv::KvStatistics statistics{.model_fingerprint = rank.checkpoint->fingerprint(),
-                                .n_layers = config.n_layers,
-                                .n_kv_heads = config.n_kv_heads,
-                                .head_dim = config.head_dim,
-                                .dataset = samples.dataset,
-                                .sample_count = samples.sample_count,
-                                .sample_tokens = samples.sample_tokens,
-                                .k_min = std::vector<float>(count, kInfinity),
-                                .k_max = std::vector<float>(count, -kInfinity),
-                                .v_min = std::vector<float>(count, kInfinity),
-                                .v_max = std::vector<float>(count, -kInfinity)};
-    for (int r = 0; r < communicator.size() && written.ok(); ++r) {
-      auto plan = shard::PlanShard(config.dims(), {.rank = r, .world_size = communicator.size()});
-      written.Update(plan.status());
-      if (plan.ok()) written.Update(Merge(parts[r], *plan, statistics));
+  for (int layer = 0; layer < statistics.n_layers; ++layer) {  // a message each: all would pass its limit
+    std::vector<std::string> parts;
+    RW_RETURN_IF_ERROR(communicator.GatherMessages(Serialize(rank.decoder->observations()[layer]), parts, timeout));
+    for (int r = 0; r < static_cast<int>(parts.size()) && written.ok(); ++r) {
+      const auto plan = shard::PlanShard(rank.decoder->config().dims(), {.rank = r, .world_size = communicator.size()});
+      written.Update(plan.ok() ? Place(parts[r], *plan, layer, statistics) : plan.status());
     }
+  }
+  if (communicator.rank() == 0) {
     if (written.ok() && !std::isfinite(statistics.k_min.front())) {
       written = absl::FailedPreconditionError("no token was seen, so there is nothing to write");
     }

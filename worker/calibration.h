@@ -15,9 +15,10 @@ struct SampleInfo {
   std::string dataset;
   int64_t sample_count = 0;   // 0: unknown
   int64_t sample_tokens = 0;  // of one sample; 0: unknown
+  uint64_t seed = 0;          // of their choice
 };
 
-// Collective, at the end of a group that observed K and V: gathers every rank's ranges and lets rank 0 write the whole
+// Collective, at the end of a group that observed K and V: gathers every rank's statistics and lets rank 0 write the whole
 // model's statistics file. FailedPrecondition when no token was seen.
 absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& path,
                                const SampleInfo& samples, absl::Duration timeout);

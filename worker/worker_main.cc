@@ -36,9 +36,7 @@ struct Flags {
   std::string coordinator;
   std::string coordinator_file;
   std::string observe_file;
-  std::string dataset;
-  int64_t sample_count = 0;
-  int64_t sample_tokens = 0;
+  SampleInfo samples;
   bool has_no_prefix_cache = false;
   double step_timeout_seconds = 60;
   double reconnect_seconds = 300;
@@ -78,9 +76,11 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512; default the best there is");
   app.add_option("--observe", flags.observe_file,
                  "Calibration: keep K and V ranges and write this statistics file when stopped");
-  app.add_option("--dataset", flags.dataset, "With --observe: the data's name, kept in the statistics");
-  app.add_option("--samples", flags.sample_count, "With --observe: number of samples, kept in the statistics");
-  app.add_option("--sample-tokens", flags.sample_tokens, "With --observe: tokens per sample, kept in the statistics");
+  app.add_option("--dataset", flags.samples.dataset, "With --observe: the data's name, kept in the statistics");
+  app.add_option("--samples", flags.samples.sample_count, "With --observe: number of samples, kept in the statistics");
+  app.add_option("--sample-tokens", flags.samples.sample_tokens,
+                 "With --observe: tokens per sample, kept in the statistics");
+  app.add_option("--sample-seed", flags.samples.seed, "With --observe: seed of their choice, kept in the statistics");
   app.add_option("--step-timeout", flags.step_timeout_seconds, "Seconds a rank waits for another one's part of a step")
       ->capture_default_str()
       ->check(CLI::Range(1.0, 86400.0));
@@ -133,7 +133,10 @@ rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank) {
   load.set_weight_bytes(rank.decoder->weight_bytes());
   load.set_kv_bytes(rank.decoder->kv_pool().bytes());
   uint64_t saturated = 0;
-  for (const int64_t count : rank.decoder->kv_pool().SaturatedCounts()) saturated += count;
+  for (const int64_t count : rank.decoder->kv_pool().SaturatedCounts()) {
+    load.add_saturated_by_layer(count);
+    saturated += count;
+  }
   load.set_saturated_values(saturated);
   return load;
 }
@@ -226,10 +229,7 @@ int Run(Flags& flags) {
   absl::Status ended = is_lead ? Lead(flags, rank, *backend, **communicator, address, report)
                                : engine::Follow(*rank.executor, **communicator, flags.rank.collective_timeout, report);
   if (ended.ok() && !flags.observe_file.empty()) {
-    ended = WriteObservations(
-        rank, **communicator, flags.observe_file,
-        {.dataset = flags.dataset, .sample_count = flags.sample_count, .sample_tokens = flags.sample_tokens},
-        flags.rank.collective_timeout);
+    ended = WriteObservations(rank, **communicator, flags.observe_file, flags.samples, flags.rank.collective_timeout);
   }
   if (!ended.ok()) {
     spdlog::error("rank {}: {}", (*communicator)->rank(), std::string(ended.message()));

@@ -18,17 +18,20 @@ struct Bin {
   double low, high, count;
 };
 
-// The bins that hold something, in order, cut to the extremes.
+// The bins that hold something, in order, cut to the extremes. One value of each extreme is there for certain and has a
+// bin to itself: a lone outlier decides most of what clipping costs.
 std::vector<Bin> BinsOf(const ValueSpread& spread) {
   RW_CHECK(spread.histogram.size() == kernels::kHistogramBins,
            absl::StrCat("a spread of ", spread.histogram.size(), " bins"));
-  std::vector<Bin> bins;
-  for (int b = 0; b < kernels::kHistogramBins; ++b) {
-    if (spread.histogram[b] == 0) continue;
-    const double low = b == 0 ? spread.min : std::max(kernels::HistogramEdge(b), spread.min);
-    const double high = b + 1 == kernels::kHistogramBins ? spread.max : std::min(kernels::HistogramEdge(b + 1), spread.max);
-    bins.push_back({.low = low, .high = std::max(low, high), .count = static_cast<double>(spread.histogram[b])});
+  std::vector<Bin> bins = {{spread.min, spread.min, 1}};
+  const int first = kernels::HistogramBin(spread.min), last = kernels::HistogramBin(spread.max);
+  for (int b = first; b <= last; ++b) {
+    const double count = static_cast<double>(spread.histogram[b]) - (b == first ? 1 : 0) - (b == last ? 1 : 0);
+    if (count <= 0) continue;
+    const double low = b == first ? spread.min : kernels::HistogramEdge(b);
+    bins.push_back({.low = low, .high = b == last ? spread.max : kernels::HistogramEdge(b + 1), .count = count});
   }
+  bins.push_back({spread.max, spread.max, 1});
   return bins;
 }
 
@@ -126,14 +129,12 @@ Int8Parameters OfPercentile(const ValueSpread& spread, const ClipOptions& option
   const Distribution values(spread);
   const double cut = values.count() * (1 - options.percentile / 100);
   if (options.is_symmetric) {
-    const double bound = LeastBound(0, AbsMax(spread), cut,
-                                    [&](double b) { return values.CountAbove(b) + values.CountBelow(-b); });
+    const double bound =
+        LeastBound(0, AbsMax(spread), cut, [&](double b) { return values.CountAbove(b) + values.CountBelow(-b); });
     return FromBound(static_cast<float>(bound));
   }
-  const double high =
-      LeastBound(spread.min, spread.max, cut / 2, [&](double b) { return values.CountAbove(b); });
-  const double low =
-      -LeastBound(-spread.max, -spread.min, cut / 2, [&](double b) { return values.CountBelow(-b); });
+  const double high = LeastBound(spread.min, spread.max, cut / 2, [&](double b) { return values.CountAbove(b); });
+  const double low = -LeastBound(-spread.max, -spread.min, cut / 2, [&](double b) { return values.CountBelow(-b); });
   return FromRange(static_cast<float>(std::min(low, high)), static_cast<float>(high));
 }
 

@@ -22,8 +22,9 @@ struct ClipOptions {
   bool is_symmetric = false;  // the zero point is 0
 };
 
-// Values that share one scale. `histogram` [kernels::kHistogramBins] counts them; their extremes are known exactly, and
-// between the two a bin's values are taken as uniform. Without a histogram (empty) only kNone can be chosen.
+// Values that share one scale. `histogram` [kernels::kHistogramBins] counts them, from the bin of `min` to that of
+// `max`; each of the two is taken as there once, and a bin's other values as uniform. Without a histogram (empty) only
+// kNone can be chosen.
 struct ValueSpread {
   float min = 0, max = 0;
   std::vector<uint64_t> histogram;

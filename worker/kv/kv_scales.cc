@@ -7,16 +7,12 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <limits>
 #include <nlohmann/json.hpp>
-#include <span>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
-#include "worker/weights/safetensors.h"
 
 namespace rankwise::kv {
 namespace {
@@ -28,6 +24,7 @@ static_assert(std::endian::native == std::endian::little);
 
 constexpr int kFormatVersion = 1;
 constexpr int kMostRanks = 4096;
+constexpr int64_t kMostManifestBytes = 1 << 20;
 constexpr char kManifestName[] = "kv_scales.json";
 constexpr char kHowToWrite[] = "; `rankwise calibrate` and `rankwise kv-qparams` write it";
 
@@ -65,6 +62,13 @@ absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
                         absl::StrCat("KV scales: ", std::string(bytes.status().message()), kHowToWrite));
   }
   float values[4];
+  if (bytes->size() == 8) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(path,
+                     " has 8 bytes: symmetric scales of LMDeploy (k_scale, v_scale), which its own engine cannot "
+                     "load either; `rankwise kv-qparams --kv-sym` writes symmetric scales in the 16 bytes of "
+                     "k_scale, k_zp, v_scale, v_zp"));
+  }
   if (bytes->size() != sizeof values) {
     const char* guess = bytes->size() == 8 ? ", as a symmetric export (k_scale, v_scale) has" : "";
     return absl::FailedPreconditionError(absl::StrCat(path, " has ", bytes->size(), " bytes", guess,
@@ -85,8 +89,13 @@ absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
 }  // namespace
 
 absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statistics, int world_size,
-                           Granularity granularity) {
+                           Granularity granularity, const ClipOptions& clip) {
   RW_RETURN_IF_ERROR(CheckStatistics(statistics));
+  if (clip.method != ClipMethod::kNone && statistics.k_histogram.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat("clip=", ClipMethodName(clip.method),
+                                                      " needs histograms, which these statistics do not have; "
+                                                      "`rankwise calibrate` writes them"));
+  }
   const int heads = statistics.n_kv_heads;
   if (world_size < 1 || (heads % world_size != 0 && world_size % heads != 0)) {
     return absl::InvalidArgumentError(
@@ -94,7 +103,7 @@ absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statis
   }
   std::string all;
   const auto write = [&](const std::string& name, shard::Range range, int layer) {
-    const std::string bytes = Bytes(FromHeads(statistics, layer, range));
+    const std::string bytes = Bytes(OfHeads(statistics, layer, range, clip));
     all += bytes;
     return WriteFileAtomically(absl::StrCat(folder, "/", name), bytes);
   };
@@ -106,19 +115,29 @@ absl::Status WriteKvScales(const std::string& folder, const KvStatistics& statis
       RW_RETURN_IF_ERROR(write(HeadFile(layer, head), {head, head + 1}, layer));
     }
   }
-  const json manifest = {{"format_version", kFormatVersion},
-                         {"id", Digest(all)},
-                         {"model", statistics.model_fingerprint},
-                         {"tp", world_size},
-                         {"granularity", granularity == Granularity::kHead ? "head" : "rank"},
-                         {"n_layers", statistics.n_layers},
-                         {"n_kv_heads", heads},
-                         {"head_dim", statistics.head_dim},
-                         {"bits", 8},
-                         {"dataset", statistics.dataset},
-                         {"samples", statistics.sample_count},
-                         {"sample_tokens", statistics.sample_tokens}};
-  return WriteFileAtomically(absl::StrCat(folder, "/", kManifestName), manifest.dump(2) + "\n");
+  json manifest = {{"format_version", kFormatVersion},
+                   {"id", Digest(all)},
+                   {"model", statistics.model_fingerprint},
+                   {"tp", world_size},
+                   {"ranks", json::array()},
+                   {"granularity", granularity == Granularity::kHead ? "head" : "tensor"},
+                   {"n_layers", statistics.n_layers},
+                   {"n_kv_heads", heads},
+                   {"head_dim", statistics.head_dim},
+                   {"bits", 8},
+                   {"symmetric", clip.is_symmetric},
+                   {"clip", ClipMethodName(clip.method)},
+                   {"dataset", statistics.dataset},
+                   {"samples", statistics.sample_count},
+                   {"seqlen", statistics.sample_tokens},
+                   {"seed", statistics.seed}};
+  if (clip.method == ClipMethod::kPercentile) manifest["percentile"] = clip.percentile;
+  for (int rank = 0; rank < world_size; ++rank) {
+    const shard::Range range = HeadsOfRank(heads, rank, world_size);
+    manifest["ranks"].push_back({{"rank", rank}, {"kv_heads", {range.begin, range.end}}});
+  }
+  return WriteFileAtomically(absl::StrCat(folder, "/", kManifestName),
+                             manifest.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }
 
 namespace {
@@ -140,7 +159,7 @@ absl::Status CheckManifest(const json& manifest, const std::string& path, const 
     return refuse("names no tp");
   }
   if (!is("n_layers", n_layers) || !is("n_kv_heads", n_kv_heads)) return refuse("is of another shape than this model");
-  if (!is("granularity", "head") && !is("granularity", "rank")) return refuse("names no granularity");
+  if (!is("granularity", "head") && !is("granularity", "tensor")) return refuse("names no granularity");
   if (granularity == Granularity::kHead) {
     return is("granularity", "head") ? absl::OkStatus() : refuse("has no scales per head (--granularity head)");
   }
@@ -156,7 +175,7 @@ absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::st
   int rank_count = plan.world_size, head_count = 0;
   std::string manifest_id;
   if (std::filesystem::exists(manifest_path)) {
-    RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(manifest_path, 1 << 20));
+    RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(manifest_path, kMostManifestBytes));
     const json manifest = json::parse(text, nullptr, /*allow_exceptions=*/false);
     RW_RETURN_IF_ERROR(
         CheckManifest(manifest, manifest_path, model_fingerprint, n_layers, n_kv_heads, plan, granularity));
@@ -198,6 +217,22 @@ absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::st
                                                       kHowToWrite));
   }
   return result;
+}
+
+absl::Status RecordMeasurement(const std::string& folder, const std::string& manifest_id, const MeasuredLoss& loss) {
+  const std::string path = absl::StrCat(folder, "/", kManifestName);
+  if (!std::filesystem::exists(path)) {
+    return absl::FailedPreconditionError(absl::StrCat(path, " is missing, so there is nowhere to record", kHowToWrite));
+  }
+  RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, kMostManifestBytes));
+  json manifest = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!manifest.is_object() || !manifest.contains("id") || manifest["id"] != manifest_id) {
+    return absl::FailedPreconditionError(absl::StrCat(path, " is not the manifest of the scales ", manifest_id));
+  }
+  if (!manifest.contains("measured") || !manifest["measured"].is_object()) manifest["measured"] = json::object();
+  manifest["measured"][loss.kv] = {
+      {"text", loss.text}, {"tokens", loss.token_count}, {"nll_change", loss.nll_change}, {"kl_mean", loss.kl_mean}};
+  return WriteFileAtomically(path, manifest.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }
 
 }  // namespace rankwise::kv

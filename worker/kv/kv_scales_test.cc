@@ -8,11 +8,13 @@
 #include <filesystem>
 #include <limits>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <random>
 #include <span>
 
 #include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
+#include "kernels/kv_histogram.h"
 
 namespace rankwise::kv {
 namespace {
@@ -159,7 +161,11 @@ TEST_F(KvScalesTest, MissingShortAlteredOrForeignScalesAreRefusedByName) {
   const std::string path = folder_ + "/layers.1.past_kv_scale.0.weight";
   const std::string bytes = *ReadTextFile(path);
   ASSERT_EQ(WriteFileAtomically(path, bytes.substr(0, 8)), absl::OkStatus());
-  EXPECT_NE(refusal("0123456789abcdef", 0, 2, Granularity::kRank).find(path + " has 8 bytes"), std::string::npos);
+  EXPECT_NE(refusal("0123456789abcdef", 0, 2, Granularity::kRank).find(path + " has 8 bytes: symmetric scales"),
+            std::string::npos);
+  ASSERT_EQ(WriteFileAtomically(path, bytes.substr(0, 12)), absl::OkStatus());
+  EXPECT_NE(refusal("0123456789abcdef", 0, 2, Granularity::kRank).find(path + " has 12 bytes instead of 16"),
+            std::string::npos);
   const float bad[4] = {std::numeric_limits<float>::quiet_NaN(), 0, 1, 0}, negative[4] = {-1, 0, 1, 0};
   ASSERT_EQ(WriteFileAtomically(path, std::string(reinterpret_cast<const char*>(bad), 16)), absl::OkStatus());
   EXPECT_NE(refusal("0123456789abcdef", 0, 2, Granularity::kRank).find("not finite"), std::string::npos);
@@ -167,23 +173,6 @@ TEST_F(KvScalesTest, MissingShortAlteredOrForeignScalesAreRefusedByName) {
   EXPECT_NE(refusal("0123456789abcdef", 0, 2, Granularity::kRank).find("positive"), std::string::npos);
   fs::remove(path);
   EXPECT_NE(refusal("0123456789abcdef", 0, 2, Granularity::kRank).find(path), std::string::npos);
-}
-
-TEST_F(KvScalesTest, StatisticsSurviveTheirFile) {
-  const std::string path = folder_ + "/kv_statistics.safetensors";
-  const KvStatistics written = Statistics();
-  ASSERT_EQ(WriteKvStatistics(path, written), absl::OkStatus());
-  const auto read = ReadKvStatistics(path);
-  ASSERT_TRUE(read.ok()) << read.status();
-  EXPECT_EQ(read->k_min, written.k_min);
-  EXPECT_EQ(read->v_max, written.v_max);
-  EXPECT_EQ(read->dataset, "ptb");
-  EXPECT_EQ(read->sample_count, 128);
-  EXPECT_EQ(read->AbsMax(true)[2], 6);
-  KvStatistics bad = written;
-  bad.k_min[0] = std::numeric_limits<float>::infinity();
-  EXPECT_FALSE(WriteKvStatistics(path, bad).ok());
-  EXPECT_FALSE(WriteKvScales(folder_, bad, 1, Granularity::kRank).ok());
 }
 
 // q = round_half_even((x - zp) / scale) in f32, saturating; u = q + 128.
@@ -308,7 +297,101 @@ TEST_F(KvScalesTest, StatisticsBeyondFloatArithmeticAreRefused) {
   EXPECT_FALSE(WriteKvScales(folder_, huge, 1, Granularity::kRank).ok());
   KvStatistics crossed = Statistics();
   crossed.v_min[0] = 1;
-  EXPECT_FALSE(WriteKvStatistics(folder_ + "/s", crossed).ok());
+  EXPECT_FALSE(WriteKvScales(folder_, crossed, 1, Granularity::kRank).ok());
+}
+
+TEST_F(KvScalesTest, SymmetricScalesHaveZeroPointsOfZeroAndLoad) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 1, Granularity::kHead, {.is_symmetric = true}), absl::OkStatus());
+  EXPECT_EQ(File("layers.0.past_kv_scale.0.weight"), (std::vector<float>{6.0f / 127, 0, 2.0f / 127, 0}));
+  EXPECT_EQ(File("layers.0.past_kv_scale_head.0.weight"), (std::vector<float>{3.0f / 127, 0, 0.5f / 127, 0}));
+  for (const Granularity granularity : {Granularity::kRank, Granularity::kHead}) {
+    const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 1), granularity);
+    ASSERT_TRUE(scales.ok()) << scales.status();
+    EXPECT_EQ(scales->scales[0].k_zero_point, 0);
+  }
+}
+
+KvStatistics WithHistograms(KvStatistics s) {
+  const auto count = [&](const std::vector<float>& low, const std::vector<float>& high) {
+    std::vector<uint64_t> histogram(low.size() / s.head_dim * kernels::kHistogramBins);
+    for (size_t i = 0; i < low.size(); ++i) {
+      uint64_t* counts = &histogram[i / s.head_dim * kernels::kHistogramBins];
+      kernels::CountValues(counts, &low[i], 1);
+      kernels::CountValues(counts, &high[i], 1);
+      counts[kernels::HistogramBin(low[i] / 16)] += 1000000;
+      counts[kernels::HistogramBin(high[i] / 16)] += 1000000;
+    }
+    return histogram;
+  };
+  s.k_histogram = count(s.k_min, s.k_max);
+  s.v_histogram = count(s.v_min, s.v_max);
+  return s;
+}
+
+TEST_F(KvScalesTest, ClippingNarrowsAndNeedsHistograms) {
+  const auto scale_with = [&](ClipMethod method) {
+    EXPECT_EQ(WriteKvScales(folder_, WithHistograms(Statistics()), 1, Granularity::kHead, {.method = method}),
+              absl::OkStatus());
+    return File("layers.0.past_kv_scale.0.weight")[0];
+  };
+  const float whole = scale_with(ClipMethod::kNone);
+  EXPECT_LT(scale_with(ClipMethod::kPercentile), 0.2f * whole);
+  const float least_error = scale_with(ClipMethod::kMse);
+  EXPECT_LT(least_error, 0.9f * whole);
+  EXPECT_TRUE(ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 1), Granularity::kHead).ok());
+  for (const ClipMethod method : {ClipMethod::kPercentile, ClipMethod::kMse}) {
+    const absl::Status refused = WriteKvScales(folder_, Statistics(), 1, Granularity::kHead, {.method = method});
+    EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_NE(std::string(refused.message()).find("histograms"), std::string::npos) << refused;
+  }
+}
+
+TEST_F(KvScalesTest, TheManifestSaysWhatTheScalesAre) {
+  KvStatistics statistics = WithHistograms(Statistics());
+  statistics.seed = 9;
+  ASSERT_EQ(WriteKvScales(folder_, statistics, 2, Granularity::kRank,
+                          {.method = ClipMethod::kPercentile, .percentile = 99.5, .is_symmetric = true}),
+            absl::OkStatus());
+  const auto manifest = nlohmann::json::parse(*ReadTextFile(folder_ + "/kv_scales.json"));
+  EXPECT_EQ(manifest["model"], "0123456789abcdef");
+  EXPECT_EQ(manifest["tp"], 2);
+  EXPECT_EQ(manifest["ranks"], nlohmann::json::parse(R"([{"rank":0,"kv_heads":[0,1]},{"rank":1,"kv_heads":[1,2]}])"));
+  EXPECT_EQ(manifest["granularity"], "tensor");
+  EXPECT_EQ(manifest["n_layers"], 2);
+  EXPECT_EQ(manifest["bits"], 8);
+  EXPECT_EQ(manifest["symmetric"], true);
+  EXPECT_EQ(manifest["clip"], "percentile");
+  EXPECT_EQ(manifest["percentile"], 99.5);
+  EXPECT_EQ(manifest["dataset"], "ptb");
+  EXPECT_EQ(manifest["samples"], 128);
+  EXPECT_EQ(manifest["seqlen"], 2048);
+  EXPECT_EQ(manifest["seed"], 9);
+  EXPECT_FALSE(manifest.contains("measured"));
+}
+
+TEST_F(KvScalesTest, MeasurementsJoinTheManifestAndTheIdStays) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 1, Granularity::kHead), absl::OkStatus());
+  const auto id = [&] {
+    const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 1), Granularity::kHead);
+    return scales.ok() ? scales->manifest_id : std::string(scales.status().message());
+  };
+  const std::string before = id();
+  MeasuredLoss loss{.kv = "int8-head", .text = "held out.txt", .token_count = 5, .nll_change = 0.25, .kl_mean = 0.5};
+  ASSERT_EQ(RecordMeasurement(folder_, before, loss), absl::OkStatus());
+  loss.kv = "int8";
+  ASSERT_EQ(RecordMeasurement(folder_, before, loss), absl::OkStatus());
+  loss.nll_change = 0.125;
+  ASSERT_EQ(RecordMeasurement(folder_, before, loss), absl::OkStatus());
+  EXPECT_EQ(id(), before);
+  const auto manifest = nlohmann::json::parse(*ReadTextFile(folder_ + "/kv_scales.json"));
+  EXPECT_EQ(manifest["id"], before);
+  EXPECT_EQ(manifest["measured"].size(), 2u);
+  EXPECT_EQ(manifest["measured"]["int8-head"]["nll_change"], 0.25);
+  EXPECT_EQ(manifest["measured"]["int8"]["nll_change"], 0.125);
+  EXPECT_EQ(manifest["measured"]["int8"]["text"], "held out.txt");
+  EXPECT_EQ(RecordMeasurement(folder_, "another", loss).code(), absl::StatusCode::kFailedPrecondition);
+  fs::remove(folder_ + "/kv_scales.json");
+  EXPECT_EQ(RecordMeasurement(folder_, before, loss).code(), absl::StatusCode::kFailedPrecondition);
 }
 
 }  // namespace
