@@ -35,8 +35,9 @@ namespace {
 constexpr char kDescription[] = R"(Record the range of keys and values, for an int8 KV cache
 
 Runs windows of text through the model on `--tp` ranks of this host and writes min, max and absmax of every layer, KV head
-and channel, and histograms, to WORK_DIR/kv_statistics.safetensors. Nothing is downloaded: ptb, c4, wikitext2 and pileval are looked for in
---data-dir; anything else is a text file or a JSONL file with "text" in each record, or several, separated by commas.)";
+and channel, and histograms, to WORK_DIR/kv_statistics.safetensors. Nothing is downloaded: ptb, c4, wikitext2 and pileval
+are looked for in --data-dir; anything else is a text file or a JSONL file with "text" in each record, or several, separated
+by commas.)";
 
 constexpr char kExamples[] = R"(Examples:
   rankwise calibrate ./Llama-2-7b --tp 4 --calib-dataset ptb --data-dir ./texts --work-dir ./work

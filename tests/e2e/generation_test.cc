@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <csignal>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <string>
@@ -16,6 +17,7 @@
 #include "launch/client.h"
 #include "nlohmann/json.hpp"
 #include "tests/e2e/serving.h"
+#include "worker/kv/kv_scales.h"
 
 namespace rankwise::e2e {
 namespace {
@@ -344,6 +346,56 @@ TEST_F(Requests, OverloadIsRefusedAtOnce) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(refused, 4);
   EXPECT_TRUE(WaitIdle((*small)->stub()).ok());
+}
+
+// Layers 1 and 3 of rank 1 get scales half as wide as their values: those layers of that rank clamp, and the load and
+// `rankwise status` say so.
+TEST(Saturation, IsCountedPerLayerAndRankAndShownInWords) {
+  const auto file = DemoStatistics();
+  ASSERT_TRUE(file.ok()) << file.status();
+  auto statistics = kv::ReadKvStatistics(*file);
+  ASSERT_TRUE(statistics.ok()) << statistics.status();
+  statistics->k_histogram.clear();
+  statistics->v_histogram.clear();
+  const int64_t channels = int64_t{statistics->n_kv_heads} * statistics->head_dim;
+  for (int layer = 0; layer < statistics->n_layers; ++layer) {
+    for (int64_t i = layer * channels; i < (layer + 1) * channels; ++i) {
+      const bool is_narrow = layer % 2 == 1 && i - layer * channels >= channels / 2;
+      for (auto* values : {&statistics->k_min, &statistics->k_max, &statistics->v_min, &statistics->v_max})
+        (*values)[i] *= is_narrow ? 0.5f : 2.0f;
+    }
+  }
+  const std::string scales = ScratchFolder() + "/narrow";
+  std::filesystem::create_directories(scales);
+  ASSERT_EQ(kv::WriteKvScales(scales, *statistics, 2, kv::Granularity::kHead), absl::OkStatus());
+  const auto cluster = Serve({.tp = 2, .kv = "int8-head", .kv_scales = scales});
+  ASSERT_TRUE(cluster.ok()) << cluster.status();
+  const std::string endpoint = (*cluster)->endpoint();
+  const auto before = RunProgram("rankwise", {"status", "--endpoint", endpoint});
+  ASSERT_TRUE(before.ok()) << before.status();
+  EXPECT_THAT(before->log, Not(HasSubstr("out of the cache format's range")));
+
+  ExpectWhole(Generate((*cluster)->stub(), Greedy(kPrompt, 64)));
+  rankwise::v1::GetLoadResponse load;
+  const absl::Time give_up = absl::Now() + kPatience;  // ranks report every few seconds
+  do {
+    absl::SleepFor(absl::Milliseconds(50));
+    auto polled = Load((*cluster)->stub());
+    ASSERT_TRUE(polled.ok()) << polled.status();
+    load = *std::move(polled);
+  } while (load.groups(0).ranks(1).saturated_values() == 0 && absl::Now() < give_up);
+  ASSERT_THAT(load.groups(0).ranks(), SizeIs(2));
+  const auto &first = load.groups(0).ranks(0), &second = load.groups(0).ranks(1);
+  EXPECT_THAT(first.saturated_by_layer(), ::testing::ElementsAre(0, 0, 0, 0));
+  using ::testing::Gt;
+  EXPECT_THAT(second.saturated_by_layer(), ::testing::ElementsAre(0, Gt(0u), 0, Gt(0u)));
+  EXPECT_EQ(second.saturated_values(), second.saturated_by_layer(1) + second.saturated_by_layer(3));
+  const auto status = RunProgram("rankwise", {"status", "--endpoint", endpoint});
+  ASSERT_TRUE(status.ok()) << status.status();
+  EXPECT_THAT(status->log, ::testing::ContainsRegex("group 1, rank 1: [0-9]+ K and V values were out of the cache "
+                                                    "format's range and stored at its end: [0-9]+ in layer 1, "
+                                                    "[0-9]+ in layer 3"));
+  EXPECT_THAT(status->log, Not(HasSubstr("rank 0: ")));
 }
 
 }  // namespace

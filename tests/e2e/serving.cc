@@ -37,16 +37,22 @@ const std::string& ScratchFolder() {
   return folder.path();
 }
 
-absl::StatusOr<std::string> DemoScales(int tp) {
-  static auto& made = *new std::map<int, std::string>;
-  if (const auto found = made.find(tp); found != made.end()) return found->second;
-  const std::string work = absl::StrCat(ScratchFolder(), "/work"),
-                    scales = absl::StrCat(ScratchFolder(), "/scales-", tp);
-  if (!std::filesystem::exists(work)) {
+absl::StatusOr<std::string> DemoStatistics() {
+  const std::string work = absl::StrCat(ScratchFolder(), "/work"), file = work + "/kv_statistics.safetensors";
+  if (!std::filesystem::exists(file)) {
     RW_RETURN_IF_ERROR(RunOrFail(
         "rankwise", {"calibrate", DemoModel(), "--calib-dataset", absl::StrCat(DemoModel(), "/calibration_sample.txt"),
                      "--calib-samples", "16", "--calib-seqlen", "256", "--work-dir", work}));
   }
+  return file;
+}
+
+absl::StatusOr<std::string> DemoScales(int tp) {
+  static auto& made = *new std::map<int, std::string>;
+  if (const auto found = made.find(tp); found != made.end()) return found->second;
+  RW_ASSIGN_OR_RETURN(const std::string statistics, DemoStatistics());
+  const std::string work = absl::StrCat(ScratchFolder(), "/work"),
+                    scales = absl::StrCat(ScratchFolder(), "/scales-", tp);
   RW_RETURN_IF_ERROR(RunOrFail("rankwise", {"kv-qparams", work, scales, "--num-tp", absl::StrCat(tp)}));
   return made[tp] = scales;
 }
@@ -60,7 +66,10 @@ absl::StatusOr<std::unique_ptr<launch::LocalCluster>> Serve(const ServingOptions
   cluster.coordinator_flags = options.coordinator_flags;
   cluster.worker_flags = {"--device", "cpu", "--threads", "1", "--kv", options.kv};
   if (absl::StartsWith(options.kv, "int8")) {
-    RW_ASSIGN_OR_RETURN(const std::string scales, DemoScales(options.tp));
+    std::string scales = options.kv_scales;
+    if (scales.empty()) {
+      RW_ASSIGN_OR_RETURN(scales, DemoScales(options.tp));
+    }
     cluster.worker_flags.insert(cluster.worker_flags.end(), {"--kv-scales", scales});
   }
   cluster.worker_flags.insert(cluster.worker_flags.end(), options.worker_flags.begin(), options.worker_flags.end());

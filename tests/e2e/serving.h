@@ -22,12 +22,15 @@ std::string DemoModel();
 const std::string& ScratchFolder();
 // The scales of the demo model for `tp` ranks, made by `rankwise calibrate` and `rankwise kv-qparams` on first use.
 absl::StatusOr<std::string> DemoScales(int tp);
+// What the scales are made of.
+absl::StatusOr<std::string> DemoStatistics();
 
 struct ServingOptions {
   std::string model = DemoModel();
   int tp = 1;
   int replicas = 1;
   std::string kv = "f32";
+  std::string kv_scales;  // of an int8 format; empty: DemoScales
   std::vector<std::string> worker_flags;
   std::vector<std::string> coordinator_flags;
 };

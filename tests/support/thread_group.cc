@@ -41,12 +41,29 @@ absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::Ra
   return group;
 }
 
-ThreadGroup::~ThreadGroup() {
+ThreadGroup::~ThreadGroup() { StopServing(); }
+
+void ThreadGroup::StopServing() {
   if (engine_ == nullptr) return;
   engine_->scheduler().CheckInvariants();
   EXPECT_EQ(engine_->Stop(), absl::OkStatus());
   followers_.clear();
   for (const absl::Status& status : follower_status_) EXPECT_EQ(status, absl::OkStatus());
+  engine_ = nullptr;
+}
+
+absl::Status ThreadGroup::Finish(
+    const std::function<absl::Status(const engine::Rank&, comm::Communicator&)>& collective) {
+  StopServing();
+  std::vector<absl::Status> ended(ranks_.size());
+  {
+    std::vector<std::jthread> threads;
+    for (size_t r = 0; r < ranks_.size(); ++r) {
+      threads.emplace_back([&, r] { ended[r] = collective(ranks_[r], *communicators_[r]); });
+    }
+  }
+  for (const absl::Status& status : ended) RW_RETURN_IF_ERROR(status);
+  return absl::OkStatus();
 }
 
 void Collect(const std::vector<engine::Output>& outputs, std::map<engine::SequenceId, Result>& results) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -23,10 +24,14 @@ class ThreadGroup {
   ~ThreadGroup();
 
   engine::Engine& engine() { return *engine_; }
-  const engine::Rank& rank() const { return ranks_[0]; }
+  const engine::Rank& rank(int r = 0) const { return ranks_[r]; }
+
+  // Ends serving, then runs a collective on every rank's thread. The first error of any rank.
+  absl::Status Finish(const std::function<absl::Status(const engine::Rank&, comm::Communicator&)>& collective);
 
  private:
   ThreadGroup() = default;
+  void StopServing();
 
   std::vector<std::unique_ptr<comm::Communicator>> communicators_;
   std::vector<std::unique_ptr<kernels::Backend>> backends_;
