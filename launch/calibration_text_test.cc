@@ -9,8 +9,11 @@
 #include <map>
 #include <set>
 
+#include "absl/algorithm/container.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "tests/support/test_data.h"
 
 namespace rankwise::launch {
 namespace {
@@ -36,7 +39,7 @@ std::string Numbers(int begin, int end) {
 class CalibrationText : public ::testing::Test {
  protected:
   void SetUp() override {
-    folder_ = testing::TempDir() + absl::StrCat("/rankwise-calibration-", getpid());
+    folder_ = ::testing::TempDir() + absl::StrCat("/rankwise-calibration-", getpid());
     std::filesystem::create_directories(folder_);
   }
   void TearDown() override { std::filesystem::remove_all(folder_); }
@@ -159,6 +162,30 @@ TEST_F(CalibrationText, BlocksJoinShortDocumentsOnly) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("join to 60 tokens, fewer than one window of 61"));
   for (const auto& window : windows->tokens)
     for (const int32_t token : window) EXPECT_LT(token, 60);
+}
+
+// The public texts, a byte a token.
+TEST(CalibrationData, EveryCorpusGivesExactWindows) {
+  const std::string folder = testing::TestData("calibration");
+  if (folder.empty()) GTEST_SKIP() << "no test data";
+  const Encode bytes = [](const std::string& text) -> absl::StatusOr<std::vector<int32_t>> {
+    return std::vector<int32_t>(text.begin(), text.end());
+  };
+  for (const char* name : {"ptb", "wikitext2", "c4"}) {
+    const auto source = ReadCalibrationSource(name, folder);
+    ASSERT_TRUE(source.ok()) << source.status();
+    const auto windows = CutWindows(*source, bytes, {.samples = 128, .window_tokens = 2048});
+    ASSERT_TRUE(windows.ok()) << windows.status();
+    EXPECT_THAT(windows->tokens, ::testing::AllOf(SizeIs(128), ::testing::Each(SizeIs(2048)))) << name;
+    EXPECT_TRUE(absl::IsInvalidArgument(CutWindows(*source, bytes, {.window_tokens = 1 << 24}).status())) << name;
+  }
+  const auto c4 = ReadCalibrationSource("c4", folder);
+  const auto windows = CutWindows(*c4, bytes, {.samples = 16, .window_tokens = 4096});
+  ASSERT_TRUE(windows.ok()) << windows.status();
+  for (const auto& window : windows->tokens) {
+    const std::string text(window.begin(), window.end());
+    EXPECT_TRUE(absl::c_any_of(c4->documents, [&](const std::string& d) { return absl::StrContains(d, text); }));
+  }
 }
 
 }  // namespace
