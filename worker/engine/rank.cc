@@ -30,6 +30,13 @@ absl::StatusOr<int64_t> AgreeOnMinimum(int64_t own, comm::Communicator& communic
   return own;
 }
 
+// Dynamic NTK reaches past the trained length, but only when asked: it turns every angle, those of short requests too.
+int64_t LongestContext(const weights::ModelConfig& config) {
+  const bool is_dynamic = config.rope.scaling == weights::RopeConfig::Scaling::kDynamicNtk;
+  return is_dynamic ? static_cast<int64_t>(static_cast<double>(config.max_position) * config.rope.factor)
+                    : config.max_position;
+}
+
 struct Prepared {
   std::unique_ptr<weights::Checkpoint> checkpoint;
   shard::ShardPlan plan;
@@ -50,9 +57,9 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   if (options.observes_kv && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
     return absl::InvalidArgumentError("observing K and V needs kv=f32 and no prefix cache");
   }
-  if (options.max_tokens > config.max_position) {
+  if (const int64_t longest = LongestContext(config); options.max_tokens > longest) {
     return absl::InvalidArgumentError(
-        absl::StrCat("max_tokens=", options.max_tokens, " exceeds the model's context of ", config.max_position));
+        absl::StrCat("max_tokens=", options.max_tokens, " exceeds the model's context of ", longest));
   }
   if (options.max_tokens < 0 || options.max_running < 1 || options.max_step_rows < options.max_running ||
       options.max_chunk_rows < 1) {

@@ -27,7 +27,9 @@ struct RankOptions {
   std::string kv;               // empty: int8 for a workspace whose config.ini says quant_policy = 4, else f16
   std::string kv_scales_dir;    // required by int8 and int8-head; empty: a workspace's own
   int64_t kv_memory_bytes = 0;  // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
-  int32_t max_tokens = 0;       // prompt + generated of one sequence; 0: the model's context, at most 16384
+  // Prompt + generated of one sequence; 0: the model's context, at most 16384. Dynamic NTK serves up to factor × that
+  // context, but only when it is asked for here.
+  int32_t max_tokens = 0;
   int32_t max_running = 64;
   int32_t max_step_rows = 512;
   int32_t max_chunk_rows = 512;
