@@ -17,6 +17,7 @@ namespace {
 
 constexpr char kExamples[] = R"(Examples:
   rankwise bench engine --help
+  rankwise bench memory --help      the plan of `rankwise plan` against running ranks
   rankwise bench engine --model ./TinyLlama-1.1B --tp 2)";
 
 // 1 when the words do not hold it; a malformed value is left to rankwise-bench to refuse.
@@ -55,7 +56,11 @@ void AddBench(CLI::App& app, Action& action) {
       app.add_subcommand("bench", "Measure against this machine's ceilings; runs rankwise-bench")->footer(kExamples);
   command->prefix_command();
   command->set_help_flag();  // it belongs to rankwise-bench
-  command->callback([command, &action] { action = [words = command->remaining()] { return Exec(words); }; });
+  AddBenchMemory(*command, action);
+  command->callback([command, &action] {
+    if (!command->get_subcommands().empty()) return;
+    action = [words = command->remaining()] { return Exec(words); };
+  });
 }
 
 }  // namespace rankwise::launch

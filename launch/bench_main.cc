@@ -357,6 +357,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   kv->add_flag("--record", flags.is_recorded, "Write dNLL and KL into the manifest of --kv-scales");
   app.require_subcommand(1);
+  app.footer("`rankwise bench memory --help`: the plan of `rankwise plan` against running ranks");
   CLI11_PARSE(app, argc, argv);
   StartLog("bench", "warn");
   return Run(flags, engine->parsed());

@@ -21,5 +21,7 @@ void AddQuantize(CLI::App& app, Action& action);
 void AddKvQparams(CLI::App& app, Action& action);
 void AddBench(CLI::App& app, Action& action);
 void AddEval(CLI::App& app, Action& action);
+void AddBenchMemory(CLI::App& bench, Action& action);
+void AddPlan(CLI::App& app, Action& action);
 
 }  // namespace rankwise::launch

@@ -44,8 +44,8 @@ int Main(int argc, char** argv) {
   app.footer(kFirstSteps);
   app.require_subcommand(1);
   Action action;
-  for (const auto add :
-       {AddServe, AddGenerate, AddStatus, AddConvert, AddQuantize, AddCalibrate, AddKvQparams, AddBench, AddEval})
+  for (const auto add : {AddServe, AddGenerate, AddStatus, AddConvert, AddQuantize, AddCalibrate, AddKvQparams, AddPlan,
+                         AddBench, AddEval})
     add(app, action);
   try {
     app.parse(argc, argv);
