@@ -70,9 +70,8 @@ absl::StatusOr<KvHeadScales> ReadScaleFile(const std::string& path) {
                      "k_scale, k_zp, v_scale, v_zp"));
   }
   if (bytes->size() != sizeof values) {
-    const char* guess = bytes->size() == 8 ? ", as a symmetric export (k_scale, v_scale) has" : "";
-    return absl::FailedPreconditionError(absl::StrCat(path, " has ", bytes->size(), " bytes", guess,
-                                                      " instead of 16 (k_scale, k_zp, v_scale, v_zp)", kHowToWrite));
+    return absl::FailedPreconditionError(
+        absl::StrCat(path, " has ", bytes->size(), " bytes instead of 16 (k_scale, k_zp, v_scale, v_zp)", kHowToWrite));
   }
   std::memcpy(values, bytes->data(), sizeof values);
   for (const float value : values) {

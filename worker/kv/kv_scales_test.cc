@@ -84,7 +84,7 @@ TEST_F(KvScalesTest, Golden1AFileIsKScaleKZpVScaleVZpAndASymmetricOneIsRefused) 
   fs::remove(folder_ + "/kv_scales.json");
   ASSERT_EQ(WriteFileAtomically(path, bytes.substr(0, 8)), absl::OkStatus());
   const std::string refusal(ReadKvScales(folder_, "any", 1, 2, Plan(0, 1), Granularity::kRank).status().message());
-  EXPECT_NE(refusal.find(path + " has 8 bytes, as a symmetric export"), std::string::npos) << refusal;
+  EXPECT_NE(refusal.find(path + " has 8 bytes: symmetric scales"), std::string::npos) << refusal;
 }
 
 // u = clamp(round_half_even((x - zp) / scale + 128), 0, 255) and (u - 128) * scale + zp, by what serves: V goes into a

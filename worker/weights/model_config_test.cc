@@ -142,7 +142,8 @@ TEST(ModelConfig, HostileTextIsRefused) {
   EXPECT_TRUE(absl::IsInvalidArgument(Refusal(R"(,"eos_token_id":[2,-1])")));
   EXPECT_TRUE(absl::IsInvalidArgument(Refusal(R"(,"eos_token_id":[[2]])")));
   EXPECT_TRUE(absl::IsInvalidArgument(Refusal(R"(,"tie_word_embeddings":1)")));
-  EXPECT_TRUE(absl::IsUnimplemented(Refusal(R"(,"quantization_config":{"quant_method":"awq"})")));
+  EXPECT_TRUE(absl::IsUnimplemented(Refusal(R"(,"quantization_config":{"quant_method":"gptq"})")));
+  EXPECT_FALSE(absl::IsUnimplemented(Refusal(R"(,"quantization_config":{"quant_method":"awq"})")));
 }
 
 TEST(ModelConfig, GenerationConfigOverridesTheEndOfSequence) {
