@@ -36,12 +36,14 @@ struct Flags {
   int steps = 24;
   int repeats = 5;
   std::string text_file;
-  std::string baseline_kv = "f32";
+  std::vector<std::string> kv_formats = {""};  // of the comparison; "": the model's own
+  std::string baseline_kv = "f32", baseline_model;
   int windows = 64;
   int window_tokens = 255;
   int skipped_windows = 0;
   bool is_recorded = false;
   bool is_json = false;
+  int tp = 0;
 };
 
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -214,28 +216,33 @@ absl::StatusOr<std::vector<double>> ScoreWindow(engine::Rank& rank, const std::v
   return scores;
 }
 
-// Windows of a text scored with two KV formats: perplexity of each and KL(baseline || other) per token.
-absl::Status CompareKv(const Flags& flags, kernels::Backend& backend, comm::Communicator& communicator) {
-  RW_ASSIGN_OR_RETURN(const auto tokenizer, text::Tokenizer::Load(flags.rank.model_dir));
-  RW_ASSIGN_OR_RETURN(const std::string document, ReadTextFile(flags.text_file));
-  RW_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, tokenizer->Encode(document, {.add_bos = false}));
-  engine::RankOptions options = flags.rank;
-  options.max_running = 1;
-  options.max_tokens = options.max_step_rows = options.max_chunk_rows = flags.window_tokens + 1;
-  options.has_prefix_cache = false;
-  RW_ASSIGN_OR_RETURN(engine::Rank other, engine::LoadRank(options, backend, communicator));
-  options.kv = flags.baseline_kv;
-  RW_ASSIGN_OR_RETURN(engine::Rank baseline, engine::LoadRank(options, backend, communicator));
+// One KV format against the baseline.
+struct Comparison {
+  int64_t targets = 0, agreements = 0, saturated = 0, token_bytes = 0;
+  double baseline_nll = 0, nll = 0, kl = 0, worst_kl = 0, tokens_per_second = 0;
+};
 
+// The median speed of single tokens decoded one after the other, as in a stream of one client.
+absl::StatusOr<double> DecodeSpeed(engine::Rank& rank, const std::vector<int32_t>& tokens) {
+  std::vector<double> seconds;
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    const auto position = static_cast<int32_t>(t);
+    StepPlan plan{.kind = StepKind::kRun,
+                  .segments = {{.first_position = position, .logits = LogitsNeed::kLast, .tokens = {tokens[t]}}}};
+    if (t == 0) plan.cleared_slots = {0};
+    if (position % kernels::kKvBlockTokens == 0) plan.segments[0].new_blocks = {position / kernels::kKvBlockTokens};
+    const double begin = Now();
+    RW_RETURN_IF_ERROR(rank.executor->Execute(plan, Ignore));
+    seconds.push_back(Now() - begin);
+  }
+  return 1 / Median(std::move(seconds));
+}
+
+absl::StatusOr<Comparison> Compare(engine::Rank& baseline, engine::Rank& other,
+                                   const std::vector<std::vector<int32_t>>& windows, comm::Communicator& communicator) {
+  Comparison sums;
   const auto vocab = static_cast<size_t>(baseline.decoder->config().vocab_size);
-  double baseline_nll = 0, other_nll = 0, kl = 0, worst_kl = 0;
-  int64_t targets = 0, agreements = 0;
-  for (int w = 0; w < flags.windows; ++w) {
-    const size_t begin = static_cast<size_t>(flags.skipped_windows + w) * flags.window_tokens;
-    if (begin + flags.window_tokens > ids.size()) break;
-    std::vector<int32_t> window;
-    if (const auto bos = tokenizer->bos_id()) window.push_back(*bos);
-    window.insert(window.end(), ids.begin() + begin, ids.begin() + begin + flags.window_tokens);
+  for (const std::vector<int32_t>& window : windows) {
     RW_ASSIGN_OR_RETURN(const std::vector<double> p, ScoreWindow(baseline, window));
     RW_ASSIGN_OR_RETURN(const std::vector<double> q, ScoreWindow(other, window));
     if (communicator.rank() != 0) continue;
@@ -243,34 +250,85 @@ absl::Status CompareKv(const Flags& flags, kernels::Backend& backend, comm::Comm
       const std::span<const double> at_p(p.data() + t * vocab, vocab), at_q(q.data() + t * vocab, vocab);
       double divergence = 0;
       for (size_t v = 0; v < vocab; ++v) divergence += std::exp(at_p[v]) * (at_p[v] - at_q[v]);
-      kl += divergence;
-      worst_kl = std::max(worst_kl, divergence);
-      baseline_nll -= at_p[window[t + 1]];
-      other_nll -= at_q[window[t + 1]];
-      agreements += std::ranges::max_element(at_p) - at_p.begin() == std::ranges::max_element(at_q) - at_q.begin();
-      ++targets;
+      sums.kl += divergence;
+      sums.worst_kl = std::max(sums.worst_kl, divergence);
+      sums.baseline_nll -= at_p[window[t + 1]];
+      sums.nll -= at_q[window[t + 1]];
+      sums.agreements += std::ranges::max_element(at_p) - at_p.begin() == std::ranges::max_element(at_q) - at_q.begin();
+      ++sums.targets;
     }
   }
-  if (communicator.rank() != 0) return absl::OkStatus();
-  if (targets == 0) return absl::InvalidArgumentError(absl::StrCat(flags.text_file, " is shorter than one window"));
-  const auto count = static_cast<double>(targets);
-  int64_t saturated = 0;
-  for (const int64_t n : other.decoder->kv_pool().SaturatedCounts()) saturated += n;
-  const kv::MeasuredLoss loss{.kv = flags.rank.kv,
-                              .text = flags.text_file,
-                              .token_count = targets,
-                              .nll_change = other_nll / baseline_nll - 1,
-                              .kl_mean = kl / count};
-  std::printf("%s, tp %d, %lld tokens of %s\n", flags.rank.model_dir.c_str(), communicator.size(),
-              static_cast<long long>(targets), flags.text_file.c_str());
-  std::printf("%-10s %12s %12s %10s %12s %12s %10s %10s\n", "kv", "NLL", "perplexity", "dNLL", "KL mean", "KL worst",
-              "same top", "saturated");
-  std::printf("%-10s %12.6f %12.6f\n", flags.baseline_kv.c_str(), baseline_nll / count, std::exp(baseline_nll / count));
-  std::printf("%-10s %12.6f %12.6f %9.4f%% %12.3e %12.3e %9.2f%% %10lld\n", other.kv.c_str(), other_nll / count,
-              std::exp(other_nll / count), 100 * loss.nll_change, loss.kl_mean, worst_kl,
-              100.0 * static_cast<double>(agreements) / count, static_cast<long long>(saturated));
-  if (!flags.is_recorded) return absl::OkStatus();
-  return kv::RecordMeasurement(flags.rank.kv_scales_dir, other.kv_scales_id, loss);
+  for (const int64_t n : other.decoder->kv_pool().SaturatedCounts()) sums.saturated += n;
+  RW_ASSIGN_OR_RETURN(const double saturated, Sum(static_cast<double>(sums.saturated), communicator));
+  sums.saturated = static_cast<int64_t>(saturated);
+  RW_ASSIGN_OR_RETURN(sums.tokens_per_second, DecodeSpeed(other, windows[0]));
+  const kernels::KvShape& shape = other.decoder->kv_pool().shape();
+  sums.token_bytes = int64_t{2} * shape.n_layers * other.decoder->config().n_kv_heads *
+                     kernels::KvVectorBytes(shape.format, shape.head_dim);
+  return sums;
+}
+
+// Windows of a text scored with each of several KV formats, or weights, and with a baseline: perplexity of each and
+// KL(baseline || other) per token.
+absl::Status CompareKv(const Flags& flags, kernels::Backend& backend, comm::Communicator& communicator) {
+  RW_ASSIGN_OR_RETURN(const auto tokenizer, text::Tokenizer::Load(flags.rank.model_dir));
+  RW_ASSIGN_OR_RETURN(const std::string document, ReadTextFile(flags.text_file));
+  RW_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, tokenizer->Encode(document, {.add_bos = false}));
+  std::vector<std::vector<int32_t>> windows;
+  for (int w = 0; w < flags.windows; ++w) {
+    const size_t begin = static_cast<size_t>(flags.skipped_windows + w) * flags.window_tokens;
+    if (begin + flags.window_tokens > ids.size()) break;
+    std::vector<int32_t>& window = windows.emplace_back();
+    if (const auto bos = tokenizer->bos_id()) window.push_back(*bos);
+    window.insert(window.end(), ids.begin() + begin, ids.begin() + begin + flags.window_tokens);
+  }
+  if (windows.empty()) return absl::InvalidArgumentError(absl::StrCat(flags.text_file, " is shorter than one window"));
+  engine::RankOptions options = flags.rank;
+  options.max_running = 1;
+  options.max_tokens = options.max_step_rows = options.max_chunk_rows = flags.window_tokens + 1;
+  options.has_prefix_cache = false;
+  engine::RankOptions baseline_options = options;
+  baseline_options.kv = flags.baseline_kv;
+  if (!flags.baseline_model.empty()) baseline_options.model_dir = flags.baseline_model;
+  RW_ASSIGN_OR_RETURN(engine::Rank baseline, engine::LoadRank(baseline_options, backend, communicator));
+
+  bool is_first = true;
+  for (const std::string& format : flags.kv_formats) {
+    options.kv = format;
+    RW_ASSIGN_OR_RETURN(engine::Rank other, engine::LoadRank(options, backend, communicator));
+    if (other.decoder->config().vocab_size != baseline.decoder->config().vocab_size) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(flags.baseline_model, " has another vocabulary than ", flags.rank.model_dir));
+    }
+    RW_ASSIGN_OR_RETURN(const Comparison sums, Compare(baseline, other, windows, communicator));
+    if (communicator.rank() != 0) continue;
+    const auto count = static_cast<double>(sums.targets);
+    const kv::MeasuredLoss loss{.kv = other.kv,
+                                .text = flags.text_file,
+                                .token_count = sums.targets,
+                                .nll_change = sums.nll / sums.baseline_nll - 1,
+                                .kl_mean = sums.kl / count};
+    if (is_first) {
+      std::printf("%s, tp %d, %lld tokens of %s; baseline %s, kv %s\n", flags.rank.model_dir.c_str(),
+                  communicator.size(), static_cast<long long>(sums.targets), flags.text_file.c_str(),
+                  baseline_options.model_dir.c_str(), baseline.kv.c_str());
+      std::printf("%-12s %12s %10s %12s %10s %11s %11s %9s %9s %10s\n", "kv", "bytes/token", "NLL", "perplexity",
+                  "dNLL", "KL mean", "KL worst", "same top", "tokens/s", "saturated");
+      std::printf("%-12s %12s %10.6f %12.6f\n", "baseline", "", sums.baseline_nll / count,
+                  std::exp(sums.baseline_nll / count));
+      is_first = false;
+    }
+    std::printf("%-12s %12lld %10.6f %12.6f %9.4f%% %11.3e %11.3e %8.2f%% %9.1f %10lld\n", other.kv.c_str(),
+                static_cast<long long>(sums.token_bytes), sums.nll / count, std::exp(sums.nll / count),
+                100 * loss.nll_change, loss.kl_mean, sums.worst_kl,
+                100.0 * static_cast<double>(sums.agreements) / count, sums.tokens_per_second,
+                static_cast<long long>(sums.saturated));
+    std::fflush(stdout);
+    if (flags.is_recorded && !other.kv_scales_id.empty()) {
+      RW_RETURN_IF_ERROR(kv::RecordMeasurement(flags.rank.kv_scales_dir, other.kv_scales_id, loss));
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status BenchEngine(Flags& flags, kernels::Backend& backend, comm::Communicator& communicator) {
@@ -293,11 +351,13 @@ absl::Status BenchEngine(Flags& flags, kernels::Backend& backend, comm::Communic
   return EngineBench(flags, rank, communicator).Run(limits);
 }
 
+constexpr char kFormats[] = "f32, f16, int8, int8-head, int8-online or int4-online";
+constexpr char kDefaultFormat[] = "int8 for a workspace with quant_policy = 4, else f16";
+
 void AddCommonFlags(CLI::App& app, Flags& flags) {
   app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors, or a workspace")
       ->required();
-  app.add_option("--kv", flags.rank.kv, "f32, f16, int8, int8-head, int8-online or int4-online")
-      ->default_str("int8 for a workspace with quant_policy = 4, else f16");
+  app.add_option("--tp", flags.tp, "Ranks, which `rankwise bench` starts")->default_str("those of mpirun");
   app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote");
   app.add_option("--threads", flags.cpu.threads, "CPU threads per rank")->default_str("CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512");
@@ -310,6 +370,11 @@ int Run(Flags& flags, bool is_engine) {
     return 3;
   }
   comm::MpiSession& mpi = **session;
+  if (flags.tp != 0 && flags.tp != mpi.size()) {
+    spdlog::error("--tp {}, but {} ranks run: start it as `rankwise bench` or with mpirun -n {}", flags.tp, mpi.size(),
+                  flags.tp);
+    return 2;
+  }
   if (flags.cpu.threads == 0) {
     flags.cpu.threads = std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)) / mpi.host_size());
   }
@@ -337,6 +402,7 @@ int main(int argc, char** argv) {
   Flags flags;
   CLI::App* engine = app.add_subcommand("engine", "Decode and prefill speed, with the fraction of the measured limits");
   AddCommonFlags(*engine, flags);
+  engine->add_option("--kv", flags.rank.kv, kFormats)->default_str(kDefaultFormat);
   engine->add_option("--batch", flags.batches, "Batch sizes of decode, e.g. 1,8,32")
       ->delimiter(',')
       ->capture_default_str();
@@ -346,10 +412,18 @@ int main(int argc, char** argv) {
   engine->add_option("--repeats", flags.repeats, "Prefills, of which the median is taken")->capture_default_str();
   engine->add_option("--kv-memory", flags.rank.kv_memory_bytes, "Bytes of KV cache per rank");
   engine->add_flag("--json", flags.is_json, "Print JSON");
-  CLI::App* kv = app.add_subcommand("kv", "Perplexity and KL of a KV format against a baseline, on a text");
+  CLI::App* kv = app.add_subcommand(
+      "kv",
+      "Memory, perplexity, KL and single-stream speed of KV formats, or of quantised weights, against a baseline");
   AddCommonFlags(*kv, flags);
+  kv->add_option("--kv", flags.kv_formats, absl::StrCat("Some of ", kFormats))
+      ->delimiter(',')
+      ->default_str(kDefaultFormat);
   kv->add_option("--text", flags.text_file, "UTF-8 text to score")->required();
   kv->add_option("--baseline", flags.baseline_kv, "KV format to compare with")->capture_default_str();
+  kv->add_option("--baseline-model", flags.baseline_model,
+                 "Model to compare with, e.g. that which MODEL was quantised from")
+      ->default_str("MODEL");
   kv->add_option("--windows", flags.windows, "Windows at most")->capture_default_str();
   kv->add_option("--window-tokens", flags.window_tokens, "Tokens of a window behind its BOS")->capture_default_str();
   kv->add_option("--skip-windows", flags.skipped_windows, "Windows left out at the text's beginning")
