@@ -43,7 +43,7 @@ constexpr char kDescription[] = R"(What a KV format costs in accuracy: the same 
 Asks test sets of --data DIR and prints each task's value for each configuration, with the paired difference from the first
 one, its standard error and p-value. Greedy and deterministic: what --work-dir holds already is not asked again.
 
-With MODEL, starts a cluster for each of --compare [NAME=]FORMAT[:SCALES_DIR],…  (FORMAT f16, f32, int8, int8-head).
+With MODEL, starts a cluster for each of --compare [NAME=]FORMAT[:SCALES_DIR],…  (FORMAT as in `serve --kv`).
 Without, asks servers that run: --compare NAME=HOST:PORT,…, or the one of --endpoint.
 
 Tasks, by the log-probability of the choices: winogrande, openbookqa_fact, eprstmt, crows_pairs, hellaswag, arc_easy,

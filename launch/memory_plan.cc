@@ -37,13 +37,22 @@ Widths WidthsOf(const ModelConfig& config, const shard::ShardPlan& plan) {
           .vocab_local = plan.vocab.count()};
 }
 
-int64_t WeightBytes(const ModelConfig& config, const Widths& w, kernels::DType dtype) {
-  const auto packed = [&](int64_t n_out, int64_t n_in) {
-    const int64_t panels = (n_out + kernels::kPanelColumns - 1) / kernels::kPanelColumns;
-    return panels * kernels::kPanelColumns * n_in * DTypeBytes(dtype);
+int64_t WeightBytes(const ModelConfig& config, const Widths& w, const shard::ShardPlan& plan, kernels::DType dtype) {
+  const auto columns = [](int64_t n_out) {
+    return (n_out + kernels::kPanelColumns - 1) / kernels::kPanelColumns * kernels::kPanelColumns;
   };
-  const int64_t matrices = packed(w.qkv, w.hidden) + packed(w.hidden, w.heads) + packed(2 * w.intermediate, w.hidden) +
-                           packed(w.hidden, w.intermediate);
+  const auto packed = [&](int64_t n_out, int64_t n_in) { return columns(n_out) * n_in * DTypeBytes(dtype); };
+  // A matrix of a layer, whose slice begins at input `first_in`.
+  const auto linear = [&](int64_t n_out, int64_t n_in, int64_t first_in) {
+    if (config.weight_bits == 0) return packed(n_out, n_in);
+    constexpr int64_t kParameters = 3;  // an f16 and a byte
+    const int64_t groups = kernels::GroupCount(n_in, config.weight_group_size, first_in % config.weight_group_size);
+    return columns(n_out) / kernels::kPanelColumns * kernels::GroupedPanelBytes(n_in, config.weight_bits) +
+           columns(n_out) * groups * kParameters;
+  };
+  const int64_t matrices = linear(w.qkv, w.hidden, 0) + linear(w.hidden, w.heads, plan.heads.begin * config.head_dim) +
+                           linear(2 * w.intermediate, w.hidden, 0) +
+                           linear(w.hidden, w.intermediate, plan.intermediate.begin);
   int64_t vectors = 2 * w.hidden;
   if (config.has_qkv_bias) vectors += w.qkv;
   if (config.has_o_bias) vectors += w.hidden;
@@ -111,7 +120,7 @@ absl::StatusOr<RankMemory> PlanMemory(const ModelConfig& config, const MemoryOpt
                       shard::PlanShard(config.dims(), {.rank = rank, .world_size = options.tp}));
   const Widths widths = WidthsOf(config, plan);
   RankMemory memory;
-  memory.weights = WeightBytes(config, widths, options.weight_dtype);
+  memory.weights = WeightBytes(config, widths, plan, options.weight_dtype);
   memory.embedding = config.vocab_size * config.hidden_size * DTypeBytes(options.weight_dtype);
   RW_ASSIGN_OR_RETURN(memory.kv, KvBytes(config, plan, options));
   if (overhead.has_value()) {

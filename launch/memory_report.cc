@@ -48,7 +48,7 @@ absl::StatusOr<PlannedModel> FromFolder(const std::string& folder) {
   RW_RETURN_IF_ERROR(checkpoint.status());
   const weights::ModelConfig& config = (*checkpoint)->config();
   RW_ASSIGN_OR_RETURN(const shard::ShardPlan whole, shard::PlanShard(config.dims(), {}));
-  return PlannedModel{folder, config, (*checkpoint)->Layer(0, whole).wo.dtype};
+  return PlannedModel{folder, config, (*checkpoint)->Outer(whole).embedding.dtype};
 }
 
 PlannedModel FromShape(const std::string& name, const weights::RandomModelSpec& spec) {

@@ -6,6 +6,8 @@
 #include <filesystem>
 
 #include "base/mapped_file.h"
+#include "launch/memory_plan.h"
+#include "worker/weights/quantize.h"
 #include "worker/weights/random_model.h"
 
 namespace rankwise::launch {
@@ -50,6 +52,22 @@ TEST_F(FindModelTest, WithoutWeightsTheConfigurationSaysIt) {
     EXPECT_EQ(model->weight_dtype, kernels::DType::kF32);
     EXPECT_EQ(model->config.n_kv_heads, 4);
   }
+}
+
+TEST_F(FindModelTest, QuantisedWeightsArePlannedAsTheyArePacked) {
+  const std::string quantised = folder_ + "/w4";
+  weights::RandomModelSpec spec{.intermediate_size = 192, .vocab_size = 32};
+  ASSERT_EQ(weights::WriteRandomModel(folder_, spec), absl::OkStatus());
+  ASSERT_EQ(weights::WriteQuantized(folder_, quantised, {.group_size = 64, .replaces = true}, {}), absl::OkStatus());
+  const auto floats = FindModel(folder_), four = FindModel(quantised);
+  ASSERT_TRUE(four.ok()) << four.status();
+  EXPECT_EQ(four->weight_dtype, kernels::DType::kF16);
+  // Two bytes of each weight of the two layers become half a byte, and three bytes for each 64 inputs.
+  const int64_t weights = 2 * (128 * 64 + 64 * 64 + 384 * 64 + 64 * 192);
+  const auto planned = [](const PlannedModel& model) {
+    return PlanMemory(model.config, {.weight_dtype = model.weight_dtype}, 0, {})->weights;
+  };
+  EXPECT_EQ(planned(*floats) - planned(*four), weights * 2 - weights / 2 - weights / 64 * 3);
 }
 
 TEST_F(FindModelTest, DamagedWeightsAreRefused) {

@@ -48,33 +48,25 @@ void PackRows(std::span<const SourceRow> rows, int64_t n_in, T* panel) {
   }
 }
 
-// q of 16 columns in 8 bytes, as the vector code's U4, or in 16.
-void PackQuantised(const int* q, int32_t bits, uint8_t* to) {
-  for (int i = 0; i < 16; ++i) {
-    if (bits == 8) {
-      to[i] = static_cast<uint8_t>(q[i]);
-    } else if (i < 8) {
-      to[i] = static_cast<uint8_t>(q[i] | q[i + 8] << 4);
-    }
-  }
-}
-
 void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, std::byte* panel) {
   const int32_t bits = shape.dtype == DType::kInt4 ? 4 : 8;
   const int64_t groups = GroupCount(shape.n_in, shape.group_size, shape.group_offset);
-  auto* q = reinterpret_cast<uint8_t*>(panel);
-  auto* scales = reinterpret_cast<uint16_t*>(panel + shape.n_in * kPanelColumns * bits / 8);
+  const int64_t q_bytes = GroupedPanelBytes(shape.n_in, bits);
+  auto* scales = reinterpret_cast<uint16_t*>(panel + q_bytes);
   auto* zeros = reinterpret_cast<uint8_t*>(scales + groups * kPanelColumns);
-  std::memset(scales, 0, static_cast<size_t>(groups * kPanelColumns * 3));
+  std::memset(panel, 0, static_cast<size_t>(q_bytes + groups * kPanelColumns * 3));
   for (int64_t k = 0; k < shape.n_in; ++k) {
-    int values[kPanelColumns] = {};
     for (size_t c = 0; c < rows.size(); ++c) {
       if (rows[c].block == nullptr) continue;
       const MatrixView& block = *rows[c].block;
-      values[c] =
+      const int q =
           GroupedValue(*block.grouped, block.grouped->qweight, block.col_begin + k, block.row_begin + rows[c].row);
+      if (bits == 8) {
+        reinterpret_cast<uint8_t*>(panel)[k * kPanelColumns + c] = static_cast<uint8_t>(q);
+      } else {
+        reinterpret_cast<uint32_t*>(panel)[k / 8 * kPanelColumns + c] |= static_cast<uint32_t>(q) << (k % 8 * 4);
+      }
     }
-    for (int v = 0; v < kPanelColumns; v += 16) PackQuantised(values + v, bits, q + (k * kPanelColumns + v) * bits / 8);
   }
   for (int64_t group = 0; group < groups; ++group) {
     for (size_t c = 0; c < rows.size(); ++c) {
@@ -95,7 +87,7 @@ int64_t CpuMatrix::panel_bytes() const {
   const int64_t elements = shape_.n_in * kPanelColumns;
   if (!IsGrouped(shape_.dtype)) return elements * DTypeBytes(shape_.dtype);
   const int64_t parameters = GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * kPanelColumns;
-  return (shape_.dtype == DType::kInt4 ? elements / 2 : elements) + parameters * 3;
+  return GroupedPanelBytes(shape_.n_in, shape_.dtype == DType::kInt4 ? 4 : 8) + parameters * 3;
 }
 
 absl::StatusOr<std::unique_ptr<CpuMatrix>> CpuMatrix::Create(std::span<const MatrixView> blocks, const SumTree& tree,

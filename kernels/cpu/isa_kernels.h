@@ -33,10 +33,14 @@ struct MatMulTask {
   int32_t chunk_count;
   const float* bias;  // [n_out] or null
   // Of grouped weights: input column k belongs to group (k + group_offset) / group_size. A panel is
-  // {q [n_in, 32], scales f16 [groups, 32], zeros u8 [groups, 32]}.
+  // {q, scales f16 [groups, 32], zeros u8 [groups, 32]}, where q is [n_in, 32] of eight bits, or [n_in / 8, 32] of
+  // words that hold eight input columns from their lowest bits on.
   int32_t group_size, group_offset;
 };
 
+inline constexpr int64_t GroupedPanelBytes(int64_t n_in, int bits) {
+  return bits == 8 ? n_in * kPanelColumns : (n_in + 7) / 8 * 4 * kPanelColumns;
+}
 inline constexpr int64_t GroupCount(int64_t n_in, int64_t group_size, int64_t group_offset) {
   return (n_in + group_offset + group_size - 1) / group_size;
 }

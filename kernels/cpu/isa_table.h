@@ -44,7 +44,7 @@ inline constexpr IsaKernels kTable = {
     .name = kName,
     .matmul_tile_rows = kTileRows,
     .matmul_panel = {MatMulPanel<PlainPanel<float>>, MatMulPanel<PlainPanel<F16>>, MatMulPanel<PlainPanel<BF16>>,
-                     MatMulPanel<GroupedPanel<U4>>, MatMulPanel<GroupedPanel<U8>>},
+                     MatMulPanel<GroupedPanel<FourBits>>, MatMulPanel<GroupedPanel<U8>>},
     .tile_rows = TileRows,
     .widen = {Widen<float>, Widen<F16>, Widen<BF16>},
     .add = AddRow,

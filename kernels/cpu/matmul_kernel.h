@@ -112,31 +112,87 @@ struct GroupParameters {
   Vec scale[2], shift[2];
 };
 
-// k_count more steps of R rows and columns [16 v, 16 (v + V)) of quantised weights.
+// The stored values of one panel: of four bits, words of eight input columns, [n_in / 8, 32]; of eight, [n_in, 32].
+struct FourBits {
+  uint32_t word;
+};
+inline constexpr int kColumnsPerWord = 8;
+inline int64_t StoredBytes(const FourBits*, int64_t n_in) {
+  return (n_in + kColumnsPerWord - 1) / kColumnsPerWord * kPanelColumns * int64_t{sizeof(FourBits)};
+}
+inline int64_t StoredBytes(const U8*, int64_t n_in) { return n_in * kPanelColumns; }
+
+// Calls body(k, weights) for input columns [k, k_end) and output columns [16 v0, 16 (v0 + V)), all of one group.
+template <int V, typename Body>
+[[gnu::always_inline]] inline void ForWeights(const U8* q, const GroupParameters& group, int v0, int64_t k,
+                                              int64_t k_end, const Body& body) {
+  for (; k < k_end; ++k) {
+    const U8* row = q + k * kPanelColumns + v0 * 16;
+    _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
+    Vec weights[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) weights[v] = Fma(Load(row + v * 16), group.scale[v0 + v], group.shift[v0 + v]);
+    body(k, weights);
+  }
+}
+template <int V, typename Body>
+[[gnu::always_inline]] inline void ForWeights(const FourBits* q, const GroupParameters& group, int v0, int64_t k,
+                                              int64_t k_end, const Body& body) {
+  NibbleWords words[V];
+  const auto load = [&](int64_t at) __attribute__((always_inline)) {
+    const FourBits* row = q + at / kColumnsPerWord * kPanelColumns + v0 * 16;
+    _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
+    if (V == 2) _mm_prefetch(reinterpret_cast<const char*>(row + 16) + kPrefetchBytes, _MM_HINT_T0);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) words[v] = LoadNibbleWords(row + v * 16);
+  };
+  const auto one = [&](int64_t at, auto nibble) __attribute__((always_inline)) {
+    Vec weights[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) weights[v] = Fma(nibble(words[v]), group.scale[v0 + v], group.shift[v0 + v]);
+    body(at, weights);
+  };
+  const auto some = [&](int64_t end) __attribute__((always_inline)) {
+    for (; k < end; ++k) {
+      load(k);
+      one(k, [&](NibbleWords x) { return Nibble(x, static_cast<int>(k % kColumnsPerWord)); });
+    }
+  };
+  some(Smaller(k_end, (k + kColumnsPerWord - 1) / kColumnsPerWord * kColumnsPerWord));
+  for (; k + kColumnsPerWord <= k_end; k += kColumnsPerWord) {
+    load(k);
+    one(k, [](NibbleWords x) { return Nibble<0>(x); });
+    one(k + 1, [](NibbleWords x) { return Nibble<1>(x); });
+    one(k + 2, [](NibbleWords x) { return Nibble<2>(x); });
+    one(k + 3, [](NibbleWords x) { return Nibble<3>(x); });
+    one(k + 4, [](NibbleWords x) { return Nibble<4>(x); });
+    one(k + 5, [](NibbleWords x) { return Nibble<5>(x); });
+    one(k + 6, [](NibbleWords x) { return Nibble<6>(x); });
+    one(k + 7, [](NibbleWords x) { return Nibble<7>(x); });
+  }
+  some(k_end);
+}
+
+// Input columns [k, k_end) of one group for R rows and output columns [16 v0, 16 (v0 + V)); x [k_end - k, R].
 template <typename Q, int R, int V>
-inline void GroupTile(const Q* q, const GroupParameters& group, int v0, const float* x, int64_t k_count, bool continues,
-                      float* sums) {
+inline void GroupTile(const Q* q, const GroupParameters& group, int v0, const float* x, int64_t k, int64_t k_end,
+                      bool continues, float* sums) {
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = continues ? Load(sums + r * kPanelColumns + (v0 + v) * 16) : Zero();
   }
-  for (int64_t k = 0; k < k_count; ++k) {
-    const Q* row = At(q, k * kPanelColumns);
-    _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
-    Vec weights[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      weights[v] = Fma(Load(At(row, (v0 + v) * 16)), group.scale[v0 + v], group.shift[v0 + v]);
-    }
+  const int64_t first = k;
+  ForWeights<V>(
+      q, group, v0, k, k_end, [&](int64_t at, const Vec(&weights)[V]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec a = Set(x[k * R + r]);
+        for (int r = 0; r < R; ++r) {
+          const Vec a = Set(x[(at - first) * R + r]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = Fma(a, weights[v], acc[r][v]);
-    }
-  }
+          for (int v = 0; v < V; ++v) acc[r][v] = Fma(a, weights[v], acc[r][v]);
+        }
+      });
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -151,36 +207,35 @@ class GroupedPanel {
   GroupedPanel(const MatMulTask& task, int64_t panel)
       : task_(task),
         q_(reinterpret_cast<const Q*>(task.weights + panel * task.panel_bytes)),
-        scales_(reinterpret_cast<const uint16_t*>(At(q_, task.n_in * kPanelColumns))),
+        scales_(
+            reinterpret_cast<const uint16_t*>(task.weights + panel * task.panel_bytes + StoredBytes(q_, task.n_in))),
         zeros_(reinterpret_cast<const U8*>(scales_ + GroupCount(task.n_in, task.group_size, task.group_offset) *
                                                          kPanelColumns)) {}
 
   void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
     ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
-      TileFor(rows)(At(q_, k * kPanelColumns), group, x + (k - begin) * rows, k_end - k, k > begin, sums);
+      TileFor(rows)(q_, group, x + (k - begin) * rows, k, k_end, k > begin, sums);
     });
   }
   void Widen(int64_t begin, int64_t end, float* out) const {
     ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
-      for (; k < k_end; ++k) {
-        for (int v = 0; v < 2; ++v) {
-          Store(out + (k - begin) * kPanelColumns + v * 16,
-                Fma(Load(At(q_, k * kPanelColumns + v * 16)), group.scale[v], group.shift[v]));
-        }
-      }
+      ForWeights<2>(q_, group, 0, k, k_end, [&](int64_t at, const Vec(&weights)[2]) {
+        Store(out + (at - begin) * kPanelColumns, weights[0]);
+        Store(out + (at - begin) * kPanelColumns + 16, weights[1]);
+      });
     });
   }
 
  private:
-  using Tile = void (*)(const Q*, const GroupParameters&, const float*, int64_t, bool, float*);
+  using Tile = void (*)(const Q*, const GroupParameters&, const float*, int64_t, int64_t, bool, float*);
   template <int R>
-  static void TileOfRows(const Q* q, const GroupParameters& group, const float* x, int64_t k_count, bool continues,
-                         float* sums) {
+  static void TileOfRows(const Q* q, const GroupParameters& group, const float* x, int64_t k, int64_t k_end,
+                         bool continues, float* sums) {
     if constexpr (2 * R <= kAccumulators) {
-      GroupTile<Q, R, 2>(q, group, 0, x, k_count, continues, sums);
+      GroupTile<Q, R, 2>(q, group, 0, x, k, k_end, continues, sums);
     } else {
-      GroupTile<Q, R, 1>(q, group, 0, x, k_count, continues, sums);
-      GroupTile<Q, R, 1>(q, group, 1, x, k_count, continues, sums);
+      GroupTile<Q, R, 1>(q, group, 0, x, k, k_end, continues, sums);
+      GroupTile<Q, R, 1>(q, group, 1, x, k, k_end, continues, sums);
     }
   }
   static Tile TileFor(int rows) {

@@ -57,6 +57,26 @@ inline void StoreU8(void* p, Vec x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(lo16, hi16));
 }
 
+// Sixteen words of eight values of four bits; value kIndex, or `index`, of each.
+struct NibbleWords {
+  __m256i lo, hi;
+};
+inline NibbleWords LoadNibbleWords(const void* p) {
+  const auto* from = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+inline __m256 NibblesToFloats(__m256i words) {
+  return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
+}
+template <int kIndex>
+inline Vec Nibble(NibbleWords x) {
+  return {NibblesToFloats(_mm256_srli_epi32(x.lo, 4 * kIndex)), NibblesToFloats(_mm256_srli_epi32(x.hi, 4 * kIndex))};
+}
+inline Vec Nibble(NibbleWords x, int index) {
+  const __m128i shift = _mm_cvtsi32_si128(4 * index);
+  return {NibblesToFloats(_mm256_srl_epi32(x.lo, shift)), NibblesToFloats(_mm256_srl_epi32(x.hi, shift))};
+}
+
 inline Vec Add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec Sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline Vec Mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }

@@ -53,6 +53,24 @@ inline void StoreU8(void* p, Vec x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 
+// Sixteen words of eight values of four bits; value kIndex, or `index`, of each.
+struct NibbleWords {
+  __m512i words;
+};
+inline NibbleWords LoadNibbleWords(const void* p) { return {_mm512_loadu_si512(p)}; }
+// A permutation looks at four bits of each word: one instruction instead of a mask and a conversion.
+inline Vec NibblesToFloats(__m512i words) {
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_permutexvar_ps(words, table)};
+}
+template <int kIndex>
+inline Vec Nibble(NibbleWords x) {
+  return NibblesToFloats(_mm512_srli_epi32(x.words, 4 * kIndex));
+}
+inline Vec Nibble(NibbleWords x, int index) {
+  return NibblesToFloats(_mm512_srl_epi32(x.words, _mm_cvtsi32_si128(4 * index)));
+}
+
 inline Vec Fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec Add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec Sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }

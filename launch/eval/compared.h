@@ -15,7 +15,7 @@ struct Compared {
   std::string endpoint;   // of a server that runs
 };
 
-// A comma-separated list. With a model to start: [NAME=]FORMAT[:SCALES_DIR], FORMAT f16, f32, int8 or int8-head; the
+// A comma-separated list. With a model to start: [NAME=]FORMAT[:SCALES_DIR], FORMAT as in `serve --kv`; the
 // name is FORMAT when it is absent or "kv", and `scales` serves an int8 entry without a folder. Without:
 // NAME=HOST:PORT. InvalidArgument names the entry; names are unique.
 absl::StatusOr<std::vector<Compared>> ParseCompared(const std::string& list, bool has_model, const std::string& scales);
