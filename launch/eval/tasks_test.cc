@@ -208,7 +208,7 @@ TEST(ComparedList, NamesFormatsAndFolders) {
                                                         {"f16,f16", "comes twice"},
                                                         {"int4", "\"int4\" is none of"},
                                                         {"int8", "needs scales"},
-                                                        {"f16:/scales", "only int8 has scales"},
+                                                        {"f16:/scales", "only int8 and int8-head have scales"},
                                                         {"../x=f16", "a name is"},
                                                         {".x=f16", "a name is"},
                                                         {"f16,", "is none of"}}) {
