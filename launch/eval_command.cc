@@ -16,6 +16,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "base/digest.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
@@ -214,7 +215,7 @@ absl::Status Evaluation::ReadText(eval::Asker& asker) {
     begin = end;
   }
   RW_ASSIGN_OR_RETURN(Task task, eval::MakeTextTask(bos, tokens, flags_.window_tokens, count));
-  task.version = absl::StrCat(task.version, ":", eval::Hash(text));
+  task.version = absl::StrCat(task.version, ":", Digest(text));
   planned_.push_back({.task = std::move(task), .limit = std::numeric_limits<size_t>::max(), .shots = 0});
   return absl::OkStatus();
 }

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/check.h"
+#include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "launch/eval/tasks.h"
@@ -49,7 +50,7 @@ absl::StatusOr<std::unique_ptr<AnswerStore>> AnswerStore::Open(const std::string
   if (error) return absl::InvalidArgumentError(absl::StrCat("create the folder of ", path, ": ", error.message()));
   const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (fd < 0) return absl::ErrnoToStatus(errno, absl::StrCat("open ", path));
-  std::unique_ptr<AnswerStore> store(new AnswerStore(path, fd, Hash(header.dump())));
+  std::unique_ptr<AnswerStore> store(new AnswerStore(path, fd, Digest(header.dump())));
   if (flock(fd, LOCK_EX | LOCK_NB) != 0)
     return absl::FailedPreconditionError(absl::StrCat(path, ": another process is writing it"));
   RW_RETURN_IF_ERROR(store->Load(header));

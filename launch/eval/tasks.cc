@@ -10,10 +10,10 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "coordinator/text/utf8.h"
@@ -522,14 +522,14 @@ absl::StatusOr<Task> ReadBbh(const TaskSpec& spec, const std::string& folder, ui
     const std::string prompt_path = absl::StrCat(folder, "/bbh/cot-prompts/", group, ".txt");
     RW_ASSIGN_OR_RETURN(const std::string text, Read(path));
     RW_ASSIGN_OR_RETURN(const std::string prompt_text, Read(prompt_path));
-    absl::StrAppend(&digests, Hash(text), Hash(prompt_text));
+    absl::StrAppend(&digests, Digest(text), Digest(prompt_text));
     RW_ASSIGN_OR_RETURN(std::vector<Item> items, ParseBbh(text, path, group));
     RW_ASSIGN_OR_RETURN(BbhPrompt prompt, ParseBbhPrompt(prompt_text, prompt_path));
     std::ranges::move(items, std::back_inserter(task.items));
     task.exemplars.push_back({.group = group, .head = std::move(prompt.head), .solved = std::move(prompt.solved)});
   }
   Shuffle(task.items, seed);
-  task.version = absl::StrCat(kRulesVersion, ":", Hash(digests));
+  task.version = absl::StrCat(kRulesVersion, ":", Digest(digests));
   return task;
 }
 
@@ -571,8 +571,6 @@ std::vector<TaskSpec> MakeTaskSpecs() {
 
 }  // namespace
 
-std::string Hash(const std::string& bytes) { return absl::StrFormat("%016x", XXH3_64bits(bytes.data(), bytes.size())); }
-
 absl::StatusOr<Task> MakeTextTask(const std::vector<int32_t>& bos, const std::vector<int32_t>& tokens,
                                   int window_tokens, int64_t count) {
   Task task{.spec = {.name = "text", .rule = Rule::kText}};
@@ -588,7 +586,7 @@ absl::StatusOr<Task> MakeTextTask(const std::vector<int32_t>& bos, const std::ve
   }
   // Without `count`: more windows of the same text are the same answers and some more.
   const std::string bytes(reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(int32_t));
-  task.version = absl::StrCat(kRulesVersion, ":", window_tokens, ":", bos.size(), ":", Hash(bytes));
+  task.version = absl::StrCat(kRulesVersion, ":", window_tokens, ":", bos.size(), ":", Digest(bytes));
   return task;
 }
 
@@ -613,7 +611,7 @@ absl::StatusOr<Task> ReadTask(const TaskSpec& spec, const std::string& data_fold
   RW_ASSIGN_OR_RETURN(const std::string text, Read(path));
   RW_ASSIGN_OR_RETURN(std::vector<Parsed> records, ParseFile(text, path, source.parse));
   Task task{.spec = spec};
-  std::string digests = Hash(text);
+  std::string digests = Digest(text);
   for (Parsed& record : records) task.items.push_back(std::move(record.item));
   Shuffle(task.items, seed);
 
@@ -622,12 +620,12 @@ absl::StatusOr<Task> ReadTask(const TaskSpec& spec, const std::string& data_fold
     const std::string pool_path = absl::StrCat(data_folder, "/", source.exemplar_file);
     RW_ASSIGN_OR_RETURN(const std::string pool_text, Read(pool_path));
     RW_ASSIGN_OR_RETURN(std::vector<Parsed> pool, ParseFile(pool_text, pool_path, source.parse));
-    absl::StrAppend(&digests, Hash(pool_text));
+    absl::StrAppend(&digests, Digest(pool_text));
     std::ranges::sort(pool, {}, [seed](const Parsed& p) { return std::tuple(Draw(seed, p.item.id), p.item.id); });
     for (Parsed& parsed : pool) exemplars.solved.push_back(std::move(parsed.solved));
   }
   if (!exemplars.head.empty() || !exemplars.solved.empty()) task.exemplars.push_back(std::move(exemplars));
-  task.version = absl::StrCat(kRulesVersion, ":", Hash(digests));
+  task.version = absl::StrCat(kRulesVersion, ":", Digest(digests));
   return task;
 }
 

@@ -89,7 +89,4 @@ absl::StatusOr<Task> ReadTask(const TaskSpec& spec, const std::string& data_fold
 // The exemplars of an item's group; null when there are none.
 const Exemplars* FindExemplars(const Task& task, const Item& item);
 
-// Of bytes, as 16 hexadecimal digits.
-std::string Hash(const std::string& bytes);
-
 }  // namespace rankwise::eval

@@ -1,7 +1,5 @@
 #include "worker/kv/kv_scales.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -10,7 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 
@@ -42,10 +40,6 @@ std::string Bytes(const KvHeadScales& scales) {
 std::string RankFile(int layer, int rank) { return absl::StrCat("layers.", layer, ".past_kv_scale.", rank, ".weight"); }
 std::string HeadFile(int layer, int64_t head) {
   return absl::StrCat("layers.", layer, ".past_kv_scale_head.", head, ".weight");
-}
-
-std::string Digest(const std::string& bytes) {
-  return absl::StrFormat("%016x", XXH3_64bits(bytes.data(), bytes.size()));
 }
 
 // The KV heads of each rank of a group: contiguous, and shared when there are more ranks than heads.

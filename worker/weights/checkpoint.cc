@@ -1,7 +1,5 @@
 #include "worker/weights/checkpoint.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
@@ -13,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/weights/json.h"
@@ -367,40 +366,31 @@ class HuggingFaceCheckpoint : public Checkpoint {
 
   // Every tensor as it is, or rounded to a 16-bit dtype.
   std::string Fingerprint(std::optional<DType> rounded) const {
-    constexpr int64_t kSampleBytes = 4096;
-    XXH3_state_t* state = XXH3_createState();
-    XXH3_64bits_reset(state);
-    const auto add = [state](const std::string& text) { XXH3_64bits_update(state, text.data(), text.size()); };
-    add(Canonical(config_));
+    DigestStream digest;
+    digest.Add(Canonical(config_));
     for (const auto& [name, view] : matrices_) {
       if (view.grouped) {
-        AddGrouped(state, name, *view.grouped);
+        AddGrouped(digest, name, *view.grouped);
         continue;
       }
       const DType dtype = rounded.value_or(view.dtype);
-      add(absl::StrCat("\n", name, " ", kernels::DTypeName(dtype), " ", view.rows, " ", view.cols, " "));
+      digest.Add(absl::StrCat("\n", name, " ", kernels::DTypeName(dtype), " ", view.rows, " ", view.cols, " "));
       const int64_t count = view.rows * view.cols;
-      const int64_t sample = std::min(count, kSampleBytes / kernels::DTypeBytes(dtype));
-      add(Elements(view, 0, sample, dtype));
-      add(Elements(view, count - sample, sample, dtype));
+      const int64_t sample =
+          std::min(count, static_cast<int64_t>(DigestStream::kEndBytes) / kernels::DTypeBytes(dtype));
+      digest.Add(Elements(view, 0, sample, dtype));
+      digest.Add(Elements(view, count - sample, sample, dtype));
     }
-    const uint64_t digest = XXH3_64bits_digest(state);
-    XXH3_freeState(state);
-    return absl::StrFormat("%016x", digest);
+    return digest.Finish();
   }
 
-  static void AddGrouped(XXH3_state_t* state, const std::string& name, const kernels::GroupedMatrix& m) {
-    constexpr int64_t kSampleBytes = 4096;
-    const std::string header =
-        absl::StrCat("\n", name, " int", m.bits, " ", m.n_out, " ", m.n_in, " ", m.group_size, " ");
-    XXH3_64bits_update(state, header.data(), header.size());
+  static void AddGrouped(DigestStream& digest, const std::string& name, const kernels::GroupedMatrix& m) {
+    digest.Add(absl::StrCat("\n", name, " int", m.bits, " ", m.n_out, " ", m.n_in, " ", m.group_size, " "));
     const int64_t groups = m.n_in / m.group_size;
     for (const auto& [data, bytes] :
          {std::pair(m.qweight, m.n_in * m.n_out * m.bits / 8), std::pair(m.qzeros, groups * m.n_out * m.bits / 8),
           std::pair(m.scales, groups * m.n_out * 2)}) {
-      const int64_t sample = std::min(bytes, kSampleBytes);
-      XXH3_64bits_update(state, data, sample);
-      XXH3_64bits_update(state, data + bytes - sample, sample);
+      digest.AddEnds({data, static_cast<size_t>(bytes)});
     }
   }
 

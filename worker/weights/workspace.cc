@@ -1,7 +1,6 @@
 #include "worker/weights/workspace.h"
 
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -11,8 +10,8 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/weights/matrix_parts.h"
@@ -87,7 +86,7 @@ class Writer {
       return absl::OutOfRangeError(
           absl::StrCat(name, " would hold values that ", kernels::DTypeName(dtype_), " cannot"));
     }
-    listed->second.xxh3 = absl::StrFormat("%016x", XXH3_64bits(words.data(), bytes));
+    listed->second.xxh3 = Digest({reinterpret_cast<const char*>(words.data()), static_cast<size_t>(bytes)});
     const std::string path = absl::StrCat(folder_, "/", name);
     std::ofstream file(path, std::ios::binary | std::ios::trunc);
     file.write(reinterpret_cast<const char*>(words.data()), bytes);

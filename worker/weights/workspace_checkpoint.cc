@@ -1,7 +1,5 @@
 #include "worker/weights/workspace_checkpoint.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <map>
@@ -9,8 +7,8 @@
 #include <set>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/weights/matrix_parts.h"
@@ -81,7 +79,7 @@ class WorkspaceCheckpoint : public Checkpoint {
     for (const std::string& name : FilesOf(plan)) {
       const File& file = files_.at(name);
       const std::span<const std::byte> bytes = file.mapping.bytes();
-      const std::string digest = absl::StrFormat("%016x", XXH3_64bits(bytes.data(), bytes.size()));
+      const std::string digest = Digest({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
       const std::string& expected = manifest_->files.at(name).xxh3;
       if (digest != expected) {
         return Refuse(name, absl::StrCat("was altered: its xxh3 is ", digest, ", manifest.json says ", expected));
@@ -199,21 +197,13 @@ class WorkspaceCheckpoint : public Checkpoint {
 
   // Of the files' own names and content samples: the orientation, and tp, are part of it.
   std::string OwnFingerprint() const {
-    constexpr size_t kSampleBytes = 4096;
-    XXH3_state_t* state = XXH3_createState();
-    XXH3_64bits_reset(state);
-    const auto add = [state](const std::string& text) { XXH3_64bits_update(state, text.data(), text.size()); };
-    add(absl::StrCat(ConfigDigest(config_), " ", kernels::DTypeName(dtype_)));
+    DigestStream digest;
+    digest.Add(absl::StrCat(ConfigDigest(config_), " ", kernels::DTypeName(dtype_)));
     for (const auto& [name, file] : files_) {
-      const std::span<const std::byte> bytes = file.mapping.bytes();
-      const size_t sample = std::min(bytes.size(), kSampleBytes);
-      add(absl::StrCat("\n", name, " ", bytes.size(), " "));
-      XXH3_64bits_update(state, bytes.data(), sample);
-      XXH3_64bits_update(state, bytes.data() + bytes.size() - sample, sample);
+      digest.Add(absl::StrCat("\n", name, " ", file.mapping.bytes().size(), " "));
+      digest.AddEnds(file.mapping.bytes());
     }
-    const uint64_t digest = XXH3_64bits_digest(state);
-    XXH3_freeState(state);
-    return absl::StrFormat("%016x", digest);
+    return digest.Finish();
   }
 
   std::set<std::string> FilesOf(const ShardPlan& plan) const {

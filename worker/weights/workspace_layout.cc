@@ -1,13 +1,11 @@
 #include "worker/weights/workspace_layout.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "base/digest.h"
 #include "base/status_macros.h"
 #include "worker/weights/json.h"
 #include "worker/weights/turbomind_config.h"
@@ -92,10 +90,7 @@ std::vector<WorkspaceFile> LayerFiles(const ModelConfig& model, int tp, int laye
   return files;
 }
 
-std::string ConfigDigest(const ModelConfig& model) {
-  const std::string text = FormatTurbomindConfig(FromModel(model));
-  return absl::StrFormat("%016x", XXH3_64bits(text.data(), text.size()));
-}
+std::string ConfigDigest(const ModelConfig& model) { return Digest(FormatTurbomindConfig(FromModel(model))); }
 
 std::string FormatManifest(const WorkspaceManifest& manifest) {
   json files = json::object();
