@@ -22,14 +22,14 @@ struct Request {
   int32_t context;
   std::vector<float> qkv;  // [context, width]
   std::vector<int32_t> blocks;
-  std::vector<KvHeadScales> scales;
+  std::vector<KvChannelScales> scales;  // [n_kv_heads_local, head_dim]
 
   Request(const AttentionShape& shape, KvFormat format, int32_t context, Random& random)
       : shape(shape), format(format), context(context), qkv(random.Floats(context * width(), -2, 2)) {
     blocks.resize((context + kKvBlockTokens - 1) / kKvBlockTokens + 1);
     std::iota(blocks.begin(), blocks.end(), 0);
     random.Shuffle(blocks);
-    for (int h = 0; h < shape.n_kv_heads_local; ++h) {
+    for (int i = 0; i < shape.n_kv_heads_local * shape.head_dim; ++i) {
       scales.push_back({random.Uniform(0.014f, 0.02f), random.Uniform(-0.2f, 0.2f), random.Uniform(0.014f, 0.02f),
                         random.Uniform(-0.2f, 0.2f)});
     }
@@ -108,7 +108,6 @@ class Session {
 double Bound(const Request& r, int32_t position, int head) {
   const int64_t dims = r.shape.head_dim;
   const int kv_head = head / (r.shape.n_heads_local / r.shape.n_kv_heads_local);
-  const KvHeadScales& s = r.scales[kv_head];
   const float* q = r.qkv.data() + position * r.width() + head * dims;
   const int32_t first = r.shape.sliding_window > 0 ? std::max(0, position - r.shape.sliding_window + 1) : 0;
   double largest_score = 0, largest_value = 0;
@@ -117,7 +116,10 @@ double Bound(const Request& r, int32_t position, int head) {
     const float* v = k + r.shape.n_kv_heads_local * dims;
     double score = 0;
     for (int64_t d = 0; d < dims; ++d) {
-      score += std::fabs(q[d]) * r.SizeOf(k, d, s.k_scale, s.k_zero_point);
+      const KvChannelScales& s = r.scales[kv_head * dims + d];
+      // K's static zero point moves all scores alike, so it is never added.
+      const double absent = r.format == KvFormat::kInt8 ? std::fabs(s.k_zero_point) : 0;
+      score += std::fabs(q[d]) * (r.SizeOf(k, d, s.k_scale, s.k_zero_point) - absent);
       largest_value = std::max(largest_value, r.SizeOf(v, d, s.v_scale, s.v_zero_point));
     }
     largest_score = std::max(largest_score, score * r.shape.score_scale);
@@ -182,7 +184,7 @@ TEST_P(AttentionTest, IsExactWhenAllWeightsAreOne) {
   Random random(TestSeed());
   for (KvFormat format : kFormats) {
     Request request(Shape(2, 1, 24), format, 700, random);
-    request.scales.assign(1, {.k_scale = 1, .k_zero_point = 0, .v_scale = 1, .v_zero_point = 0});
+    request.scales.assign(24, {.k_scale = 1, .k_zero_point = 0, .v_scale = 1, .v_zero_point = 0});
     const bool is_online = IsOnline(format);
     request.qkv = is_online ? random.Ints(request.context * request.width(), 0, static_cast<int>(OnlineLevels(format)))
                             : random.Ints(request.context * request.width(), -100, 100);

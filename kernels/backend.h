@@ -78,8 +78,8 @@ class PackedMatrix {
 // One row-major table [vocab, hidden] whose rows are looked up where they lie (borrowed for the backend's life).
 using EmbeddingTable = MatrixView;
 
-// kInt8 is static: its parameters are given once per head. The online formats choose a range for every token, KV head
-// and tensor from the values themselves and keep it beside them as two f16, so that they need no calibration:
+// kInt8 is static: its parameters are given once, per channel. The online formats choose a range for every token, KV
+// head and tensor from the values themselves and keep it beside them as two f16, so that they need no calibration:
 //   zero = round_down_f16(min), scale = round_up_f16((max - zero) / levels), levels = 255 or 15
 //   q = round_half_even((x - zero) / scale) in [0, levels], x ≈ q * scale + zero
 // Values beyond the largest f16 are clamped before the range is taken; NaN is stored as q = 0.
@@ -105,8 +105,11 @@ struct KvShape {
   KvFormat format = KvFormat::kF16;
 };
 
-// x ≈ q * scale + zero_point, q in [-128, 127] (DESIGN: q = round_half_even((x - zp) / scale), saturating, in f32).
-struct KvHeadScales {
+// Of one channel of a KV head: x ≈ q * scale + zero_point, q = round_half_even((x - zero_point) / scale) in [-128,
+// 127], saturating, in f32. K's scale is multiplied into q before the scores and its zero point adds the same to all
+// scores of a row, which softmax cancels; V's are applied to the finished sum. So channels of their own cost attention
+// nothing.
+struct KvChannelScales {
   float k_scale = 1, k_zero_point = 0, v_scale = 1, v_zero_point = 0;
 };
 
@@ -179,8 +182,8 @@ class Backend {
                                                              const SumTree& tree) = 0;
 
   virtual absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) = 0;
-  // scales [n_layers * n_kv_heads_local], layer-major. Requires an int8 pool; call before the first append.
-  virtual absl::Status SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) = 0;
+  // scales [n_layers, n_kv_heads_local, head_dim]. Requires an int8 pool; call before the first append.
+  virtual absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) = 0;
 
   // Makes `rows` the current step. The ops below work on its rows; row counts are implied.
   virtual absl::Status BeginStep(const StepRows& rows) = 0;

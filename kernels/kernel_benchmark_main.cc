@@ -88,7 +88,7 @@ struct Bench {
                                        blocks_each * requests))
             .value();
     if (format == KvFormat::kInt8) {
-      RW_CHECK(backend.SetKvScales(*pool, std::vector<KvHeadScales>(kLayers * 4, {0.004f, 0, 0.004f, 0})).ok());
+      RW_CHECK(backend.SetKvScales(*pool, std::vector<KvChannelScales>(kLayers * 4 * 64, {0.004f, 0, 0.004f, 0})).ok());
     }
     std::vector<int32_t> blocks(blocks_each * requests);
     std::iota(blocks.begin(), blocks.end(), 0);

@@ -21,7 +21,7 @@ struct Append {
   KvFormat format;
   RopeTable rope;
   std::vector<float> qkv, q_norm, k_norm;
-  std::vector<KvHeadScales> scales;
+  std::vector<KvChannelScales> scales;  // [2, 2, head_dim]
   Step step;
 
   Append(int head_dim, int group, int rotary_dim, KvFormat format, Random& random)
@@ -32,7 +32,7 @@ struct Append {
     qkv = random.Floats(step.row_count() * (2 * group + 4) * head_dim, -2, 2);
     q_norm = random.Floats(head_dim, 0.5f, 1.5f);
     k_norm = random.Floats(head_dim, 0.5f, 1.5f);
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4 * head_dim; ++i) {
       scales.push_back({random.Uniform(0.005f, 0.02f), random.Uniform(-0.5f, 0.5f), random.Uniform(0.005f, 0.02f),
                         random.Uniform(-0.5f, 0.5f)});
     }
@@ -144,7 +144,7 @@ TEST(KvAppendTest, CountsWhatSaturates) {
   for (const std::string& name : BackendNames()) {
     for (KvFormat format : kFormats) {
       Append a(20, 1, 0, format, random);
-      a.scales.assign(4, {.k_scale = 1, .k_zero_point = 0, .v_scale = 1, .v_zero_point = 0});
+      a.scales.assign(4 * 20, {.k_scale = 1, .k_zero_point = 0, .v_scale = 1, .v_zero_point = 0});
       // K starts at 2 heads of 20, V at 4; row 0 is position 13, block 5 being its table's first.
       a.qkv[40] = nan;
       a.qkv[41] = 1e9f;
@@ -280,16 +280,16 @@ TEST(KvPoolTest, RefusesBadShapesAndScales) {
     EXPECT_FALSE(backend->CreateKvPool({.n_layers = 0, .n_kv_heads_local = 1, .head_dim = 8}, 4).ok());
     EXPECT_FALSE(backend->CreateKvPool({.n_layers = 1, .n_kv_heads_local = 1, .head_dim = 8}, 0).ok());
     auto f16 = *backend->CreateKvPool({.n_layers = 1, .n_kv_heads_local = 2, .head_dim = 8}, 4);
-    EXPECT_FALSE(backend->SetKvScales(*f16, std::vector<KvHeadScales>(2)).ok());
+    EXPECT_FALSE(backend->SetKvScales(*f16, std::vector<KvChannelScales>(16)).ok());
     auto int8 =
         *backend->CreateKvPool({.n_layers = 1, .n_kv_heads_local = 2, .head_dim = 8, .format = KvFormat::kInt8}, 4);
-    EXPECT_TRUE(backend->SetKvScales(*int8, std::vector<KvHeadScales>(2)).ok());
-    EXPECT_FALSE(backend->SetKvScales(*int8, std::vector<KvHeadScales>(1)).ok());
+    EXPECT_TRUE(backend->SetKvScales(*int8, std::vector<KvChannelScales>(16)).ok());
+    EXPECT_FALSE(backend->SetKvScales(*int8, std::vector<KvChannelScales>(2)).ok());
     for (float bad : {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
-      std::vector<KvHeadScales> scales(2);
-      scales[1].v_scale = bad;
+      std::vector<KvChannelScales> scales(16);
+      scales[11].v_scale = bad;
       const absl::Status status = backend->SetKvScales(*int8, scales);
-      EXPECT_THAT(std::string(status.message()), testing::HasSubstr("head 1"));
+      EXPECT_THAT(std::string(status.message()), testing::HasSubstr("head 1, channel 3"));
     }
   }
 }

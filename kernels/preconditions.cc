@@ -126,22 +126,24 @@ int64_t KvVectorBytes(KvFormat format, int64_t head_dim) {
   return 0;
 }
 
-absl::Status CheckKvScales(const KvShape& shape, std::span<const KvHeadScales> scales) {
+absl::Status CheckKvScales(const KvShape& shape, std::span<const KvChannelScales> scales) {
   if (shape.format != KvFormat::kInt8) return absl::FailedPreconditionError("KV scales belong to a static int8 cache");
-  const int64_t expected = int64_t{shape.n_layers} * shape.n_kv_heads_local;
+  const int64_t expected = int64_t{shape.n_layers} * shape.n_kv_heads_local * shape.head_dim;
   if (static_cast<int64_t>(scales.size()) != expected) {
-    return absl::InvalidArgumentError(absl::StrCat("got ", scales.size(), " KV scales, expected n_layers=",
-                                                   shape.n_layers, " × n_kv_heads_local=", shape.n_kv_heads_local));
+    return absl::InvalidArgumentError(
+        absl::StrCat("got ", scales.size(), " KV scales, expected n_layers=", shape.n_layers,
+                     " × n_kv_heads_local=", shape.n_kv_heads_local, " × head_dim=", shape.head_dim));
   }
   for (int64_t i = 0; i < expected; ++i) {
-    const KvHeadScales& s = scales[i];
+    const KvChannelScales& s = scales[i];
     const bool good = s.k_scale > 0 && s.v_scale > 0 && std::isfinite(s.k_scale) && std::isfinite(s.v_scale) &&
                       std::isfinite(s.k_zero_point) && std::isfinite(s.v_zero_point);
     if (!good) {
-      return absl::InvalidArgumentError(absl::StrCat("KV scales of layer ", i / shape.n_kv_heads_local, ", head ",
-                                                     i % shape.n_kv_heads_local, " are unusable: k_scale=", s.k_scale,
-                                                     " k_zero_point=", s.k_zero_point, " v_scale=", s.v_scale,
-                                                     " v_zero_point=", s.v_zero_point));
+      const int64_t head = i / shape.head_dim;
+      return absl::InvalidArgumentError(
+          absl::StrCat("KV scales of layer ", head / shape.n_kv_heads_local, ", head ", head % shape.n_kv_heads_local,
+                       ", channel ", i % shape.head_dim, " are unusable: k_scale=", s.k_scale,
+                       " k_zero_point=", s.k_zero_point, " v_scale=", s.v_scale, " v_zero_point=", s.v_zero_point));
     }
   }
   return absl::OkStatus();

@@ -24,7 +24,7 @@ struct PackedShape {
 
 absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const SumTree& tree);
 absl::Status CheckKvShape(const KvShape& shape, int32_t block_count);
-absl::Status CheckKvScales(const KvShape& shape, std::span<const KvHeadScales> scales);
+absl::Status CheckKvScales(const KvShape& shape, std::span<const KvChannelScales> scales);
 // Every token of the step must be a row of the table.
 absl::Status CheckTokens(std::span<const int32_t> tokens, const EmbeddingTable& table);
 void CheckAttention(const AttentionShape& shape, const KvPool& pool, int layer);

@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
@@ -22,6 +23,7 @@
 #include "kernels/machine_limits.h"
 #include "worker/comm/mpi_communicator.h"
 #include "worker/engine/rank.h"
+#include "worker/kv/kv_choice.h"
 #include "worker/kv/kv_scales.h"
 
 namespace rankwise {
@@ -351,7 +353,6 @@ absl::Status BenchEngine(Flags& flags, kernels::Backend& backend, comm::Communic
   return EngineBench(flags, rank, communicator).Run(limits);
 }
 
-constexpr char kFormats[] = "f32, f16, int8, int8-head, int8-online or int4-online";
 constexpr char kDefaultFormat[] = "int8 for a workspace with quant_policy = 4, else f16";
 
 void AddCommonFlags(CLI::App& app, Flags& flags) {
@@ -402,7 +403,7 @@ int main(int argc, char** argv) {
   Flags flags;
   CLI::App* engine = app.add_subcommand("engine", "Decode and prefill speed, with the fraction of the measured limits");
   AddCommonFlags(*engine, flags);
-  engine->add_option("--kv", flags.rank.kv, kFormats)->default_str(kDefaultFormat);
+  engine->add_option("--kv", flags.rank.kv, absl::StrJoin(kv::KvNames(), ", "))->default_str(kDefaultFormat);
   engine->add_option("--batch", flags.batches, "Batch sizes of decode, e.g. 1,8,32")
       ->delimiter(',')
       ->capture_default_str();
@@ -416,7 +417,7 @@ int main(int argc, char** argv) {
       "kv",
       "Memory, perplexity, KL and single-stream speed of KV formats, or of quantised weights, against a baseline");
   AddCommonFlags(*kv, flags);
-  kv->add_option("--kv", flags.kv_formats, absl::StrCat("Some of ", kFormats))
+  kv->add_option("--kv", flags.kv_formats, absl::StrCat("Some of ", absl::StrJoin(kv::KvNames(), ", ")))
       ->delimiter(',')
       ->default_str(kDefaultFormat);
   kv->add_option("--text", flags.text_file, "UTF-8 text to score")->required();

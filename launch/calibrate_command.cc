@@ -52,6 +52,7 @@ struct CalibrateFlags {
   std::string data_folder = ".";
   std::string work_folder = "./work_dir";
   WindowOptions windows;
+  bool has_vocabulary = false;
 };
 
 // Sends windows to the coordinator from kInFlight threads. The end of the coordinator ends them.
@@ -135,6 +136,17 @@ absl::StatusOr<Windows> MakeWindows(const CalibrateFlags& flags) {
                       CutWindows(
                           source, [&](const std::string& t) { return tokenizer->Encode(t); }, options));
   if (!windows.notice.empty()) absl::FPrintF(stderr, "rankwise: %s\n", windows.notice);
+  if (flags.has_vocabulary) {
+    RW_ASSIGN_OR_RETURN(const std::vector<int32_t> prefix, tokenizer->Encode(""));
+    if (options.window_tokens <= static_cast<int64_t>(prefix.size())) {
+      return absl::InvalidArgumentError(absl::StrCat("--calib-seqlen ", options.window_tokens,
+                                                     " has no room beside the ", prefix.size(),
+                                                     " tokens every text begins with"));
+    }
+    for (auto& window : VocabularyWindows(config.vocab_size, prefix, options)) {
+      windows.tokens.push_back(std::move(window));
+    }
+  }
   return windows;
 }
 
@@ -209,6 +221,9 @@ void AddCalibrate(CLI::App& app, Action& action) {
   command->add_option("--calib-seqlen", flags->windows.window_tokens, "Tokens of one window")
       ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
+  command->add_flag("--vocabulary", flags->has_vocabulary,
+                    "Also run every token of the vocabulary once: scales per channel are narrow, and what a rare token "
+                    "puts outside them is clamped");
   command->add_option("--work-dir", flags->work_folder, "Where the statistics go")->capture_default_str();
   command->add_option("--seed", flags->windows.seed, "Of the choice of windows")->capture_default_str();
   command->callback([flags, &action] { action = [flags] { return Calibrate(*flags); }; });

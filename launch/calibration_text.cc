@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "base/check.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
@@ -117,6 +118,11 @@ class Random {
   uint64_t state_;
 };
 
+template <typename T>
+void Shuffle(std::vector<T>& values, Random& random) {
+  for (size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[random.Below(i)]);
+}
+
 std::vector<int32_t> RandomWindow(const std::vector<int32_t>& tokens, size_t length, Random& random) {
   const auto begin = tokens.begin() + static_cast<ptrdiff_t>(random.Below(tokens.size() - length + 1));
   return {begin, begin + static_cast<ptrdiff_t>(length)};
@@ -180,7 +186,7 @@ absl::StatusOr<Windows> FromBlocks(const CalibrationSource& source, const Encode
   std::vector<size_t> order(source.documents.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   Random random(options.seed);
-  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.Below(i)]);
+  Shuffle(order, random);
   std::vector<int32_t> joined;
   int64_t taken = 0;
   for (size_t i = 0; i < order.size() && taken < options.samples; ++i) {
@@ -248,6 +254,22 @@ absl::StatusOr<Windows> CutWindows(const CalibrationSource& source, const Encode
       return FromBlocks(source, encode, options);
   }
   return absl::InternalError("no such sampling rule");
+}
+
+std::vector<std::vector<int32_t>> VocabularyWindows(int64_t vocab_size, const std::vector<int32_t>& prefix,
+                                                    const WindowOptions& options) {
+  RW_CHECK(vocab_size > 0 && options.window_tokens > static_cast<int64_t>(prefix.size()));
+  std::vector<int32_t> tokens(vocab_size);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  Random random(options.seed);
+  Shuffle(tokens, random);
+  std::vector<std::vector<int32_t>> windows;
+  for (size_t next = 0; next < tokens.size();) {
+    std::vector<int32_t>& window = windows.emplace_back(prefix);
+    while (static_cast<int64_t>(window.size()) < options.window_tokens)
+      window.push_back(tokens[next++ % tokens.size()]);
+  }
+  return windows;
 }
 
 }  // namespace rankwise::launch

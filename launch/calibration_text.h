@@ -45,4 +45,10 @@ using Encode = std::function<absl::StatusOr<std::vector<int32_t>>(const std::str
 // one.
 absl::StatusOr<Windows> CutWindows(const CalibrationSource& source, const Encode& encode, const WindowOptions& options);
 
+// Every token of the vocabulary once, in an order drawn by the seed, in windows that all begin with `prefix` (what a
+// tokenizer puts before every text). The last one is filled up with tokens seen before. Requires window_tokens >
+// prefix.size() and a vocabulary.
+std::vector<std::vector<int32_t>> VocabularyWindows(int64_t vocab_size, const std::vector<int32_t>& prefix,
+                                                    const WindowOptions& options);
+
 }  // namespace rankwise::launch

@@ -164,6 +164,23 @@ TEST_F(CalibrationText, BlocksJoinShortDocumentsOnly) {
     for (const int32_t token : window) EXPECT_LT(token, 60);
 }
 
+TEST(VocabularyWindows, HoldEveryTokenBehindThePrefix) {
+  const auto windows = VocabularyWindows(100, {1, 7}, {.window_tokens = 32, .seed = 3});
+  ASSERT_THAT(windows, ::testing::AllOf(SizeIs(4), ::testing::Each(SizeIs(32))));
+  std::vector<int32_t> seen;
+  for (const auto& window : windows) {
+    EXPECT_EQ(window[0], 1);
+    EXPECT_EQ(window[1], 7);
+    seen.insert(seen.end(), window.begin() + 2, window.end());
+  }
+  seen.resize(100);  // the last one was filled up
+  EXPECT_FALSE(absl::c_is_sorted(seen));
+  absl::c_sort(seen);
+  for (int32_t token = 0; token < 100; ++token) EXPECT_EQ(seen[token], token);
+  EXPECT_EQ(VocabularyWindows(100, {1, 7}, {.window_tokens = 32, .seed = 3}), windows);
+  EXPECT_NE(VocabularyWindows(100, {1, 7}, {.window_tokens = 32, .seed = 4}), windows);
+}
+
 // The public texts, a byte a token.
 TEST(CalibrationData, EveryCorpusGivesExactWindows) {
   const std::string folder = testing::TestData("calibration");

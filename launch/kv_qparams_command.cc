@@ -1,4 +1,5 @@
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <string>
 #include <system_error>
@@ -23,6 +24,7 @@ scale = absmax / 127.)";
 constexpr char kExamples[] = R"(Examples:
   rankwise kv-qparams ./work ./scales --num-tp 2
   rankwise kv-qparams ./work ./scales --num-tp 4 --granularity head      for serve --kv int8-head
+  rankwise kv-qparams ./work ./scales --num-tp 4 --granularity channel   for serve --kv int8-channel too
   rankwise kv-qparams ./work ./scales --num-tp 1 --clip mse              the range of least squared error)";
 
 struct KvQparamsFlags {
@@ -30,7 +32,7 @@ struct KvQparamsFlags {
   std::string out_folder;
   int num_tp = 1;
   int bits = 8;
-  std::string granularity = "head";
+  kv::Granularity granularity = kv::Granularity::kHead;
   std::string clip = "none";
   kv::ClipOptions options;
 };
@@ -46,12 +48,10 @@ absl::Status KvQparams(KvQparamsFlags flags) {
   std::error_code error;
   std::filesystem::create_directories(flags.out_folder, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat("WEIGHTS_DIR ", flags.out_folder, ": ", error.message()));
-  const bool is_per_head = flags.granularity == "head";
-  RW_RETURN_IF_ERROR(kv::WriteKvScales(flags.out_folder, statistics, flags.num_tp,
-                                       is_per_head ? kv::Granularity::kHead : kv::Granularity::kRank, flags.options));
-  absl::PrintF("%s: %d files layers.*.past_kv_scale.*.weight for %d ranks%s, and kv_scales.json (model %s, %s)\n",
-               flags.out_folder, statistics.n_layers * flags.num_tp, flags.num_tp,
-               is_per_head ? absl::StrFormat(", %d per KV head", statistics.n_layers * statistics.n_kv_heads) : "",
+  RW_RETURN_IF_ERROR(kv::WriteKvScales(flags.out_folder, statistics, flags.num_tp, flags.granularity, flags.options));
+  constexpr const char* kAlso[] = {"", ", one per KV head", ", one per KV head, one per channel"};
+  absl::PrintF("%s: scales of %d layers for %d ranks%s, and kv_scales.json (model %s, %s)\n", flags.out_folder,
+               statistics.n_layers, flags.num_tp, kAlso[static_cast<int>(flags.granularity)],
                statistics.model_fingerprint, statistics.dataset);
   return absl::OkStatus();
 }
@@ -71,9 +71,13 @@ void AddKvQparams(CLI::App& app, Action& action) {
       ->add_option(
           "--granularity", flags->granularity,
           "tensor: one scale for a rank's K and one for its V of a layer, for --kv int8; head: one for each KV "
-          "head too, for --kv int8 and --kv int8-head")
-      ->check(CLI::IsMember({"tensor", "head"}))
-      ->capture_default_str();
+          "head too, for --kv int8 and --kv int8-head; channel: one for each channel of a head too, for --kv "
+          "int8-channel, where K's channels differ much (calibrate --vocabulary then sees every token)")
+      ->transform(
+          CLI::CheckedTransformer(std::map<std::string, kv::Granularity>{{"tensor", kv::Granularity::kRank},
+                                                                         {"head", kv::Granularity::kHead},
+                                                                         {"channel", kv::Granularity::kChannel}}))
+      ->default_str("head");
   command->add_option("--kv-bits", flags->bits, "Bits of a value; static scales know 8 only")->capture_default_str();
   command->add_flag("--kv-sym", flags->options.is_symmetric, "Zero points of 0");
   command

@@ -9,6 +9,7 @@
 
 #include "worker/comm/communicator.h"
 #include "worker/engine/rank.h"
+#include "worker/kv/kv_choice.h"
 #include "worker/model/decoder.h"
 #include "worker/scheduler/block_ledger.h"
 #include "worker/weights/random_model.h"
@@ -106,7 +107,7 @@ TEST(MemoryPlanTest, KvIsWhatThePoolAllocates) {
   for (const char* kv : {"f32", "f16", "int8"}) {
     for (const int head_dim : {2, 8, 10, 16, 40, 48, 80, 128}) {
       const kernels::KvShape shape{
-          .n_layers = 3, .n_kv_heads_local = 2, .head_dim = head_dim, .format = engine::ParseKvChoice(kv)->format};
+          .n_layers = 3, .n_kv_heads_local = 2, .head_dim = head_dim, .format = kv::ParseKvChoice(kv)->format};
       const auto pool = (*backend)->CreateKvPool(shape, 5);
       ASSERT_TRUE(pool.ok()) << pool.status();
       EXPECT_EQ((*pool)->bytes(), 5 * model::KvBlockBytes(shape)) << kv << ", head_dim " << head_dim;
@@ -197,7 +198,7 @@ TEST(MemoryPlanTest, IsWhatARankAllocates) {
     const int64_t taken = HeapBytes() - before;
 
     const MemoryOptions same = {
-        .kv_format = engine::ParseKvChoice(kv)->format, .batch = 20, .sequence_tokens = options.max_tokens};
+        .kv_format = kv::ParseKvChoice(kv)->format, .batch = 20, .sequence_tokens = options.max_tokens};
     const auto plan = PlanMemory(rank->checkpoint->config(), same, 0);
     ASSERT_TRUE(plan.ok()) << plan.status();
     EXPECT_EQ(rank->decoder->kv_pool().bytes(), plan->kv);

@@ -11,6 +11,7 @@
 #include "base/status_macros.h"
 #include "kernels/cpu/thread_team.h"
 #include "worker/engine/rank.h"
+#include "worker/kv/kv_choice.h"
 #include "worker/weights/checkpoint.h"
 #include "worker/weights/random_model.h"
 
@@ -98,7 +99,7 @@ absl::StatusOr<PlannedModel> FindModel(const std::string& name) {
 
 absl::StatusOr<MemoryOptions> OptionsFor(const MemoryFlags& flags, const PlannedModel& model, const std::string& kv,
                                          int64_t batch) {
-  RW_ASSIGN_OR_RETURN(const engine::KvChoice choice, engine::ParseKvChoice(kv));
+  RW_ASSIGN_OR_RETURN(const kv::KvChoice choice, kv::ParseKvChoice(kv));
   const int threads = flags.threads > 0 ? flags.threads : kernels::ThreadTeam::AllowedCpuCount() / flags.tp;
   return MemoryOptions{.tp = flags.tp,
                        .kv_format = choice.format,

@@ -13,6 +13,7 @@
 #include "launch/commands.h"
 #include "launch/interrupt.h"
 #include "launch/local_cluster.h"
+#include "worker/kv/kv_choice.h"
 #include "worker/weights/workspace_layout.h"
 
 namespace rankwise::launch {
@@ -45,8 +46,7 @@ void AddFlag(std::vector<std::string>& flags, const std::string& name, int value
 }
 
 absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
-  const bool is_int8 = flags.kv == "int8" || flags.kv == "int8-head";
-  if (is_int8 && flags.kv_scales.empty() && !weights::IsWorkspace(flags.cluster.model))
+  if (kv::NeedsScales(flags.kv) && flags.kv_scales.empty() && !weights::IsWorkspace(flags.cluster.model))
     return absl::InvalidArgumentError(absl::StrCat(
         "--kv ", flags.kv, " needs --kv-scales DIR; `rankwise calibrate` and `rankwise kv-qparams --num-tp ",
         flags.cluster.tp, "` write such a folder"));
@@ -109,7 +109,7 @@ void AddServe(CLI::App& app, Action& action) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_option("--kv", flags->kv, "How keys and values are stored")
-      ->check(CLI::IsMember({"f16", "f32", "int8", "int8-head", "int8-online", "int4-online"}))
+      ->check(CLI::IsMember(kv::KvNames()))
       ->default_str("int8 for a workspace with quant_policy = 4, else f16");
   command->add_option("--kv-scales", flags->kv_scales, "Folder with the int8 scales")
       ->check(CLI::ExistingDirectory)

@@ -108,15 +108,18 @@ TEST_F(CalibrationTest, NarrowScalesAreCountedInTheirLayers) {
   ASSERT_TRUE(statistics.ok()) << statistics.status();
   statistics->k_histogram.clear();
   statistics->v_histogram.clear();
-  for (auto* values : {&statistics->k_min, &statistics->k_max, &statistics->v_min, &statistics->v_max}) {
-    for (size_t i = 0; i < values->size(); ++i) {
+  for (auto [low, high] :
+       {std::pair(&statistics->k_min, &statistics->k_max), {&statistics->v_min, &statistics->v_max}}) {
+    for (size_t i = 0; i < low->size(); ++i) {
+      const float middle = ((*low)[i] + (*high)[i]) / 2, half = ((*high)[i] - (*low)[i]) / 2;
       const bool is_narrow = i / (kKvHeads * kHeadDim) == 2;
-      (*values)[i] *= is_narrow ? 0.5f : 1.5f;
+      (*low)[i] = middle - half * (is_narrow ? 0.5f : 1.5f);
+      (*high)[i] = middle + half * (is_narrow ? 0.5f : 1.5f);
     }
   }
-  engine::RankOptions options = Options("int8-head");
+  engine::RankOptions options = Options("int8-channel");
   options.kv_scales_dir = folder_;
-  ASSERT_EQ(kv::WriteKvScales(folder_, *statistics, 2, kv::Granularity::kHead), absl::OkStatus());
+  ASSERT_EQ(kv::WriteKvScales(folder_, *statistics, 2, kv::Granularity::kChannel), absl::OkStatus());
   auto group = ThreadGroup::Start(options, 2);
   ASSERT_TRUE(group.ok()) << group.status();
   RunAll((*group)->engine(), Windows());

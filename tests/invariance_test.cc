@@ -32,15 +32,16 @@ class InvarianceTest : public ::testing::TestWithParam<const char*> {
     const size_t count = static_cast<size_t>(config.n_layers) * config.n_kv_heads * config.head_dim;
     for (size_t i = 0; i < count; ++i) {
       const float head = static_cast<float>(i / config.head_dim % config.n_kv_heads);
-      statistics.k_min.push_back(-9 - head);
+      const float channel = static_cast<float>(i % config.head_dim) / 16;
+      statistics.k_min.push_back(-9 - head - channel);
       statistics.k_max.push_back(8 + head);
       statistics.v_min.push_back(-4 - head);
-      statistics.v_max.push_back(5 + head);
+      statistics.v_max.push_back(5 + head + channel);
     }
     for (const int tp : {1, 2, 4}) {
       const std::string folder = scales_dir_ + "/tp" + std::to_string(tp);
       std::filesystem::create_directories(folder);
-      ASSERT_EQ(kv::WriteKvScales(folder, statistics, tp, kv::Granularity::kHead), absl::OkStatus());
+      ASSERT_EQ(kv::WriteKvScales(folder, statistics, tp, kv::Granularity::kChannel), absl::OkStatus());
     }
   }
   void TearDown() override { std::filesystem::remove_all(scales_dir_); }
@@ -210,7 +211,8 @@ TEST_P(InvarianceTest, AnyTensorParallelDegree) {
 }
 
 INSTANTIATE_TEST_SUITE_P(KvFormats, InvarianceTest,
-                         ::testing::Values("f32", "f16", "int8", "int8-head", "int8-online", "int4-online"),
+                         ::testing::Values("f32", "f16", "int8", "int8-head", "int8-channel", "int8-online",
+                                           "int4-online"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::erase(name, '-');

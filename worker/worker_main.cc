@@ -56,10 +56,11 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--device", flags.device, "auto, cpu or cuda")->capture_default_str();
   app.add_option(
          "--kv", flags.rank.kv,
-         "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head (and per KV head), int8-online, "
-         "int4-online (a range per token and head, no calibration)")
+         "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head (and per KV head), "
+         "int8-channel (and per channel), int8-online, int4-online (a range per token and head, no calibration)")
       ->default_str("int8 for a workspace with quant_policy = 4, else f16");
-  app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote, for int8 and int8-head")
+  app.add_option("--kv-scales", flags.rank.kv_scales_dir,
+                 "Folder that kv-qparams wrote, for int8, int8-head and int8-channel")
       ->default_str("a workspace's own");
   app.add_option("--kv-memory", flags.kv_memory, "Bytes of KV cache per rank, e.g. 512M or 4G")
       ->default_str("what --max-running sequences need, at most 2G");

@@ -6,17 +6,18 @@
 namespace rankwise::kernels::RW_ISA {
 
 // Attention of consecutive rows of one request over the blocks of one KV head, 512 positions ("a split") at a time.
-//   s[t] = (q · k[t]) * (k_scale * score_scale) + k_zero_point * (Σq * score_scale)   (f32 and f16: scale 1, zero 0)
-//   a split keeps m = max s, l = Σ exp(s - m), o = Σ exp(s - m) v[t]; splits merge in the order of positions
-//   out = o / l * v_scale + v_zero_point
-// Online formats have scales and zeros of each position: k's enter s[t] alike, and
+//   s[t] = ((q * k_scale) · k[t]) * score_scale   (f32 and f16: scale 1, zero 0); k's zero point would add the same to
+//   all a split keeps m = max s, l = Σ exp(s - m), o = Σ exp(s - m) v[t]; splits merge in the order of positions out =
+//   o / l * v_scale + v_zero_point
+// Online formats have scales and zeros of each position:
+//   s[t] = (q · k[t]) * (k_scale[t] * score_scale) + k_zero[t] * (Σq * score_scale)
 //   z = Σ exp(s - m) v_zero[t], o = Σ (exp(s - m) v_scale[t]) v[t], out = (o + z) / l
 // Shapes   a vector is one (row, query head); q [vectors, head_dim]; K block [head_dim, 16], V block [16, padded_dim]
 // of T Order    q · k: one fma chain over dims, a lane per position. l: sixteen chains over positions mod 16, then
 // SumLanes.
 //          z like l. o: one fma chain over positions, a lane per dim. All from 0 in each split, and splits start at
 //          multiples of 512 whatever the row: a vector's bits depend on its row and context only.
-// Rounding S = max_t |s[t]|' where ' sums absolute values (Σ_d |q k_stored| k_scale + |k_zero_point| Σ|q|) *
+// Rounding S = max_t |s[t]|' where ' sums absolute values (Σ_d |q k_stored k_scale|, + |k_zero| Σ|q| when online) *
 // score_scale;
 //          e = 2 (head_dim + 8) 2^-24 S + 2^-22 is the relative error of one weight; n = positions, V = max |v| or, for
 //          quantised, max |v_q| v_scale + |v_zero_point|: |out - exact| <= (2 e + (2 min(n, 512) + 8 splits + 8) 2^-24)
@@ -179,14 +180,17 @@ struct Split {
   }
 };
 
-// q of each run of vectors as [head_dim, M], one run after the other.
-inline void TransposeQueries(const Split& split, float* q) {
+// q of each run of vectors as [head_dim, M], one run after the other, times the scales of K where they are static.
+template <typename T>
+void TransposeQueries(const Split& split, float* q) {
   ForRuns(split.vectors, [&](int32_t first, auto run) {
     constexpr int M = run.kCount;
     float* to = q + int64_t{first} * split.task.head_dim;
     for (int m = 0; m < M; ++m) {
       const float* from = split.QueryOf(first + m);
-      for (int32_t d = 0; d < split.task.head_dim; ++d) to[d * M + m] = from[d];
+      for (int32_t d = 0; d < split.task.head_dim; ++d) {
+        to[d * M + m] = kIsStatic<T> ? from[d] * split.tile.scales.k_scale[d] : from[d];
+      }
     }
   });
 }
@@ -212,15 +216,13 @@ struct Fold {
 };
 template <typename T>
 inline Fold FoldOf(const Split& split, int32_t vector) {
-  if constexpr (!kIsOnline<T> && !kIsStatic<T>) return {split.task.score_scale, 0.0f};
+  if constexpr (!kIsOnline<T>) return {split.task.score_scale, 0.0f};
   const float* q = split.QueryOf(vector);
   Vec sum = Zero();
   for (int32_t d = 0; d < split.task.head_dim; d += 16) {
     sum = Add(sum, LoadFirst(q + d, Smaller(16, split.task.head_dim - d)));
   }
-  if constexpr (kIsOnline<T>) return {split.task.score_scale, SumLanes(sum) * split.task.score_scale};
-  const KvHeadScales& scales = split.tile.scales;
-  return {scales.k_scale * split.task.score_scale, scales.k_zero_point * SumLanes(sum) * split.task.score_scale};
+  return {split.task.score_scale, SumLanes(sum) * split.task.score_scale};
 }
 
 // Turns a vector's scores into the weights of its values, and sets max, sum and zeros.
@@ -297,7 +299,7 @@ void AttendSplit(const AttentionTask& task, const AttentionTile& tile, int32_t i
   float* q = scratch + int64_t{vectors} * kScoreStride;
   const Range positions{RowRange(task, tile, 0, index).begin, RowRange(task, tile, tile.row_count - 1, index).end};
   if (!positions.empty()) {
-    TransposeQueries(split, q);
+    TransposeQueries<T>(split, q);
     ScoreSplit<T>(split, positions, q);
   }
   for (int32_t v = 0; v < vectors; ++v) Softmax<T>(split, v, FoldOf<T>(split, v), state);
@@ -332,7 +334,7 @@ void FinishAttention(const AttentionTask& task, const AttentionTile& tile, const
       Vec x = Load(values + d);
       if constexpr (kIsOnline<T>) x = Add(x, Set(state.zeros[v]));
       x = Div(x, Set(state.sum[v]));
-      if constexpr (kIsStatic<T>) x = Fma(x, Set(tile.scales.v_scale), Set(tile.scales.v_zero_point));
+      if constexpr (kIsStatic<T>) x = Fma(x, Load(tile.scales.v_scale + d), Load(tile.scales.v_zero_point + d));
       StoreFirst(out + d, x, Smaller(16, task.head_dim - d));
     }
   }

@@ -79,7 +79,7 @@ absl::StatusOr<std::unique_ptr<KvPool>> CpuBackend::CreateKvPool(const KvShape& 
   return pool;
 }
 
-absl::Status CpuBackend::SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) {
+absl::Status CpuBackend::SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) {
   RW_RETURN_IF_ERROR(CheckKvScales(pool.shape(), scales));
   static_cast<CpuKvPool&>(pool).set_scales(scales);
   return absl::OkStatus();

@@ -29,7 +29,7 @@ class CpuBackend : public Backend {
   absl::Status CopyToDevice(std::span<const float> host, float* device) override;
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override;
   absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override;
-  absl::Status SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) override;
+  absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) override;
 
   absl::Status BeginStep(const StepRows& rows) override;
   absl::Status Embed(const EmbeddingTable& table, float* x) override;

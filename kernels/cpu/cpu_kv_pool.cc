@@ -35,8 +35,12 @@ CpuKvPool::CpuKvPool(const KvShape& shape, int32_t block_count)
       v_offset_(RoundUp(ElementsBytes(shape.format, int64_t{shape.head_dim} * kKvBlockTokens), 64)),
       online_offset_(v_offset_ + RoundUp(ElementsBytes(shape.format, int64_t{padded_dim_} * kKvBlockTokens), 64)),
       block_bytes_(online_offset_ + (IsOnline(shape.format) ? int64_t{sizeof(OnlineBlock)} : 0)),
-      scales_(static_cast<size_t>(shape.n_layers) * shape.n_kv_heads_local),
-      saturated_(new std::atomic<int64_t>[shape.n_layers]()) {}
+      scales_(shape.format == KvFormat::kInt8
+                  ? static_cast<size_t>(shape.n_layers) * shape.n_kv_heads_local * 4 * padded_dim_
+                  : 0),
+      saturated_(new std::atomic<int64_t>[shape.n_layers]()) {
+  for (size_t i = 0; i < scales_.size(); ++i) scales_[i] = i / padded_dim_ % 2 == 0 ? 1.0f : 0.0f;
+}
 
 absl::StatusOr<std::unique_ptr<CpuKvPool>> CpuKvPool::Create(const KvShape& shape, int32_t block_count,
                                                              ThreadTeam& team) {
@@ -49,6 +53,23 @@ absl::StatusOr<std::unique_ptr<CpuKvPool>> CpuKvPool::Create(const KvShape& shap
     std::memset(pool->memory_.get() + begin, 0, static_cast<size_t>(std::min(kPiece, pool->bytes() - begin)));
   });
   return pool;
+}
+
+HeadScales CpuKvPool::scales(int layer, int head) const {
+  if (scales_.empty()) return {};
+  const float* first = scales_.data() + (int64_t{layer} * shape_.n_kv_heads_local + head) * 4 * padded_dim_;
+  return {first, first + padded_dim_, first + 2 * padded_dim_, first + 3 * padded_dim_};
+}
+
+void CpuKvPool::set_scales(std::span<const KvChannelScales> scales) {
+  const int64_t heads = int64_t{shape_.n_layers} * shape_.n_kv_heads_local;
+  for (int64_t i = 0; i < heads * shape_.head_dim; ++i) {
+    float* channel = scales_.data() + i / shape_.head_dim * 4 * padded_dim_ + i % shape_.head_dim;
+    channel[0] = scales[i].k_scale;
+    channel[padded_dim_] = scales[i].k_zero_point;
+    channel[2 * padded_dim_] = scales[i].v_scale;
+    channel[3 * padded_dim_] = scales[i].v_zero_point;
+  }
 }
 
 std::vector<int64_t> CpuKvPool::SaturatedCounts() const {

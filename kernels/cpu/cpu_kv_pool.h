@@ -39,8 +39,8 @@ class CpuKvPool : public KvPool {
   OnlineBlock& Online(int layer, int head, int32_t block) const {
     return *reinterpret_cast<OnlineBlock*>(Head(layer, head) + block * block_bytes_ + online_offset_);
   }
-  const KvHeadScales& scales(int layer, int head) const { return scales_[layer * shape_.n_kv_heads_local + head]; }
-  void set_scales(std::span<const KvHeadScales> scales) { scales_.assign(scales.begin(), scales.end()); }
+  HeadScales scales(int layer, int head) const;
+  void set_scales(std::span<const KvChannelScales> scales);  // [n_layers, n_kv_heads_local, head_dim]
   // Any thread.
   void AddSaturated(int layer, int64_t count) { saturated_[layer].fetch_add(count, std::memory_order_relaxed); }
 
@@ -53,7 +53,7 @@ class CpuKvPool : public KvPool {
   const int32_t padded_dim_;
   const int64_t v_offset_, online_offset_;
   const int64_t block_bytes_;
-  std::vector<KvHeadScales> scales_;                   // [n_layers, n_kv_heads_local]
+  std::vector<float> scales_;                          // [n_layers, n_kv_heads_local]{HeadScales, one after the other}
   std::unique_ptr<std::atomic<int64_t>[]> saturated_;  // [n_layers]
   Memory memory_;
 };

@@ -61,12 +61,17 @@ struct OnlineBlock {
   uint16_t k_scale[kKvBlockTokens], k_zero[kKvBlockTokens], v_scale[kKvBlockTokens], v_zero[kKvBlockTokens];
 };
 
+// The channels' parameters of one head of a static int8 pool, [padded_dim] each.
+struct HeadScales {
+  const float *k_scale, *k_zero_point, *v_scale, *v_zero_point;
+};
+
 // Where one token of one KV head goes.
 struct KvSlot {
   void* k;  // the block's [head_dim, 16]
   void* v;  // the block's [16, padded_dim]
   int32_t slot;
-  KvHeadScales scales;  // of a static int8 pool
+  HeadScales scales;    // of a static int8 pool
   OnlineBlock* online;  // of an online pool
 };
 
@@ -89,7 +94,7 @@ struct AttentionTile {
   const char* blocks;  // block b: K at blocks + b * block_bytes, V v_offset bytes later
   int64_t block_bytes, v_offset, online_offset;
   int32_t kv_head;
-  KvHeadScales scales;  // of a static int8 pool
+  HeadScales scales;  // of a static int8 pool
 };
 
 // Floats of the softmax state of `vectors` (row, head) pairs: maximum, sum, weighted zeros and weighted values of each.

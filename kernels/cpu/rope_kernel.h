@@ -17,18 +17,18 @@ inline void RotateHead(float* x, const float* cos, const float* sin, int half) {
 }
 
 // Sixteen values, the first `count` of which matter, as they are stored. Each returns how many of those saturated.
-inline int64_t Quantize(float* stored, Vec x, int, float, float) {
+inline int64_t Quantize(float* stored, Vec x, int, const float*, const float*) {
   Store(stored, x);
   return 0;
 }
-inline int64_t Quantize(F16* stored, Vec x, int count, float, float) {
+inline int64_t Quantize(F16* stored, Vec x, int count, const float*, const float*) {
   const Mask over = And(Less(Set(65519.996f), Abs(x)), Lanes(0, count));
   // NaN passes: Max and Min give their second argument.
   StoreF16(stored, Min(Set(65504.0f), Max(Set(-65504.0f), x)));
   return Count(over);
 }
-inline int64_t Quantize(int8_t* stored, Vec x, int count, float scale, float zero_point) {
-  const Vec q = RoundHalfEven(Div(Sub(x, Set(zero_point)), Set(scale)));
+inline int64_t Quantize(int8_t* stored, Vec x, int count, const float* scale, const float* zero_point) {
+  const Vec q = RoundHalfEven(Div(Sub(x, Load(zero_point)), Load(scale)));
   const Mask nan = IsNan(q);
   const Mask over = Or(nan, Or(Less(q, Set(-128.0f)), Less(Set(127.0f), q)));
   StoreI8(stored, Select(nan, Zero(), Min(Set(127.0f), Max(Set(-128.0f), q))));
@@ -106,7 +106,7 @@ int64_t AppendK(const RopeAppendTask& task, const float* k, const KvSlot& to) {
   int64_t saturated = 0;
   ForLanes(task.head_dim, [&](int64_t i, int n) {
     T stored[16];
-    saturated += Quantize(stored, LoadFirst(k + i, n), n, to.scales.k_scale, to.scales.k_zero_point);
+    saturated += Quantize(stored, LoadFirst(k + i, n), n, to.scales.k_scale + i, to.scales.k_zero_point + i);
     for (int j = 0; j < n; ++j) column[(i + j) * kKvBlockTokens] = stored[j];
   });
   return saturated;
@@ -116,7 +116,7 @@ int64_t AppendV(const RopeAppendTask& task, const float* v, const KvSlot& to) {
   T* row = static_cast<T*>(to.v) + int64_t{to.slot} * task.padded_dim;
   int64_t saturated = 0;
   ForLanes(task.head_dim, [&](int64_t i, int n) {
-    saturated += Quantize(row + i, LoadFirst(v + i, n), n, to.scales.v_scale, to.scales.v_zero_point);
+    saturated += Quantize(row + i, LoadFirst(v + i, n), n, to.scales.v_scale + i, to.scales.v_zero_point + i);
   });
   return saturated;
 }

@@ -81,7 +81,7 @@ class ReferenceKvPool : public KvPool {
       } else if (shape_.format == KvFormat::kF16) {
         Save(to, QuantizeF16(x[i]), place.layer);
       } else if (shape_.format == KvFormat::kInt8) {
-        const auto [scale, zero_point] = ScaleOf(place);
+        const auto [scale, zero_point] = ScaleOf(place, static_cast<int>(i));
         Save(to, QuantizeInt8(x[i], scale, zero_point), place.layer);
       } else {
         Save(to, QuantizeOnline(x[i], range, OnlineLevels(shape_.format)), place.layer);
@@ -97,19 +97,19 @@ class ReferenceKvPool : public KvPool {
       const OnlineRange& range = ranges_[Index(place)];
       return static_cast<double>(*from) * HalfToFloat(range.scale) + HalfToFloat(range.zero);
     }
-    const auto [scale, zero_point] = ScaleOf(place);
+    const auto [scale, zero_point] = ScaleOf(place, dim);
     return static_cast<double>(static_cast<int8_t>(*from)) * scale + zero_point;
   }
 
-  void set_scales(std::span<const KvHeadScales> scales) { scales_.assign(scales.begin(), scales.end()); }
+  void set_scales(std::span<const KvChannelScales> scales) { scales_.assign(scales.begin(), scales.end()); }
 
  private:
   int64_t Index(const Place& p) const {
     const int64_t tensor = (int64_t{p.layer} * block_count_ + p.block) * 2 + p.is_v;
     return (tensor * shape_.n_kv_heads_local + p.head) * kKvBlockTokens + p.slot;
   }
-  std::pair<float, float> ScaleOf(const Place& p) const {
-    const KvHeadScales& s = scales_[p.layer * shape_.n_kv_heads_local + p.head];
+  std::pair<float, float> ScaleOf(const Place& p, int dim) const {
+    const KvChannelScales& s = scales_[(p.layer * shape_.n_kv_heads_local + p.head) * shape_.head_dim + dim];
     return p.is_v ? std::pair(s.v_scale, s.v_zero_point) : std::pair(s.k_scale, s.k_zero_point);
   }
   OnlineRange RangeOf(std::span<const float> x) const {
@@ -130,11 +130,11 @@ class ReferenceKvPool : public KvPool {
 
   const KvShape shape_;
   const int32_t block_count_;
-  const int64_t element_bytes_;       // int4 too has a byte each
-  std::vector<KvHeadScales> scales_;  // [n_layers, n_kv_heads_local]
-  std::vector<OnlineRange> ranges_;   // [n_layers, blocks, K and V, n_kv_heads_local, tokens]
-  std::vector<int64_t> saturated_;    // [n_layers]
-  std::vector<std::byte> bytes_;      // [as ranges_, head_dim]
+  const int64_t element_bytes_;          // int4 too has a byte each
+  std::vector<KvChannelScales> scales_;  // [n_layers, n_kv_heads_local, head_dim]
+  std::vector<OnlineRange> ranges_;      // [n_layers, blocks, K and V, n_kv_heads_local, tokens]
+  std::vector<int64_t> saturated_;       // [n_layers]
+  std::vector<std::byte> bytes_;         // [as ranges_, head_dim]
 };
 
 void NormRow(float* out, const float* x, const float* weight, int64_t width, float eps) {
@@ -186,7 +186,7 @@ class ReferenceBackend : public Backend {
     RW_RETURN_IF_ERROR(CheckKvShape(shape, block_count));
     return std::make_unique<ReferenceKvPool>(shape, block_count);
   }
-  absl::Status SetKvScales(KvPool& pool, std::span<const KvHeadScales> scales) override {
+  absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) override {
     RW_RETURN_IF_ERROR(CheckKvScales(pool.shape(), scales));
     static_cast<ReferenceKvPool&>(pool).set_scales(scales);
     return absl::OkStatus();

@@ -10,6 +10,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "base/status_macros.h"
+#include "worker/kv/kv_choice.h"
 
 namespace rankwise::eval {
 namespace {
@@ -24,21 +25,16 @@ bool IsName(const std::string& name) {
   });
 }
 
-constexpr const char* kWithoutScales[] = {"f16", "f32", "int8-online", "int4-online"};
-
-bool IsInt8(const std::string& kv) { return kv == "int8" || kv == "int8-head"; }
-
 absl::StatusOr<Compared> ParseStarted(const std::string& entry, std::string name, const std::string& value,
                                       const std::string& scales) {
   const std::pair<std::string, std::string> parts = absl::StrSplit(value, absl::MaxSplits(':', 1));
   Compared compared{.name = std::move(name), .kv = parts.first};
   if (compared.name.empty() || compared.name == "kv") compared.name = compared.kv;
-  if (!IsInt8(compared.kv) && std::ranges::find(kWithoutScales, compared.kv) == std::end(kWithoutScales)) {
-    return Refuse(entry, absl::StrCat("\"", compared.kv, "\" is none of ", absl::StrJoin(kWithoutScales, ", "),
-                                      ", int8, int8-head"));
+  if (const auto choice = kv::ParseKvChoice(compared.kv); !choice.ok()) {
+    return Refuse(entry, std::string(choice.status().message()));
   }
-  if (!IsInt8(compared.kv)) {
-    if (!parts.second.empty()) return Refuse(entry, "only int8 and int8-head have scales");
+  if (!kv::NeedsScales(compared.kv)) {
+    if (!parts.second.empty()) return Refuse(entry, absl::StrCat(compared.kv, " has no scales"));
     return compared;
   }
   compared.kv_scales = parts.second.empty() ? scales : parts.second;

@@ -204,14 +204,14 @@ TEST(ComparedList, NamesFormatsAndFolders) {
   EXPECT_EQ(servers[1].name, "b");
   EXPECT_EQ(servers[1].endpoint, "[::1]:2");
   for (const auto& [text, what] :
-       std::vector<std::pair<std::string, std::string>>{{"", "is none of"},
+       std::vector<std::pair<std::string, std::string>>{{"", "is not one of"},
                                                         {"f16,f16", "comes twice"},
-                                                        {"int4", "\"int4\" is none of"},
+                                                        {"int4", "int4 is not one of f32, f16, int8"},
                                                         {"int8", "needs scales"},
-                                                        {"f16:/scales", "only int8 and int8-head have scales"},
+                                                        {"f16:/scales", "f16 has no scales"},
                                                         {"../x=f16", "a name is"},
                                                         {".x=f16", "a name is"},
-                                                        {"f16,", "is none of"}}) {
+                                                        {"f16,", "is not one of"}}) {
     const absl::Status status = ParseCompared(text, true, "").status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << text;
     EXPECT_THAT(std::string(status.message()), HasSubstr(what)) << text;

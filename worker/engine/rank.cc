@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "base/status_macros.h"
+#include "worker/kv/kv_choice.h"
 #include "worker/kv/kv_scales.h"
 
 namespace rankwise::engine {
@@ -53,7 +54,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
       prepared.plan, shard::PlanShard(config.dims(), {.rank = communicator.rank(), .world_size = communicator.size()}));
   const weights::KvAdvice advice = prepared.checkpoint->kv_advice();
   prepared.kv = options.kv.empty() ? advice.format : options.kv;
-  RW_ASSIGN_OR_RETURN(const KvChoice kv, ParseKvChoice(prepared.kv));
+  RW_ASSIGN_OR_RETURN(const kv::KvChoice kv, kv::ParseKvChoice(prepared.kv));
   if (options.observes_kv && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
     return absl::InvalidArgumentError("observing K and V needs kv=f32 and no prefix cache");
   }
@@ -76,7 +77,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   decoder.kv_format = kv.format;
   decoder.observes_kv = options.observes_kv;
   decoder.collective_timeout = options.collective_timeout;
-  if (kv.format == kernels::KvFormat::kInt8) {
+  if (kv.granularity.has_value()) {
     const std::string scales_dir = options.kv_scales_dir.empty() ? advice.scales_dir : options.kv_scales_dir;
     if (scales_dir.empty()) {
       return absl::FailedPreconditionError(
@@ -84,8 +85,9 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
     }
     RW_ASSIGN_OR_RETURN(
         kv::RankScales scales,
-        kv::ReadKvScales(scales_dir, prepared.checkpoint->fingerprint(), config.n_layers, config.n_kv_heads,
-                         prepared.plan, kv.is_per_head ? kv::Granularity::kHead : kv::Granularity::kRank));
+        kv::ReadKvScales(scales_dir, prepared.checkpoint->fingerprint(),
+                         {.n_layers = config.n_layers, .n_kv_heads = config.n_kv_heads, .head_dim = config.head_dim},
+                         prepared.plan, *kv.granularity));
     decoder.kv_scales = std::move(scales.scales);
     prepared.kv_scales_id = std::move(scales.manifest_id);
   }
@@ -107,17 +109,6 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
 }
 
 }  // namespace
-
-absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name) {
-  if (name == "f32") return KvChoice{kernels::KvFormat::kF32, false};
-  if (name == "f16") return KvChoice{kernels::KvFormat::kF16, false};
-  if (name == "int8") return KvChoice{kernels::KvFormat::kInt8, false};
-  if (name == "int8-head") return KvChoice{kernels::KvFormat::kInt8, true};
-  if (name == "int8-online") return KvChoice{kernels::KvFormat::kInt8Online, false};
-  if (name == "int4-online") return KvChoice{kernels::KvFormat::kInt4Online, false};
-  return absl::InvalidArgumentError(
-      absl::StrCat("kv=", name, " is not one of f32, f16, int8, int8-head, int8-online, int4-online"));
-}
 
 absl::Status AgreeOnStatus(const absl::Status& own, comm::Communicator& communicator, absl::Duration timeout) {
   const std::string mine = own.ok() ? ""

@@ -14,18 +14,11 @@
 
 namespace rankwise::engine {
 
-// The KV formats of the command line: "f32", "f16", "int8" (one scale per layer and rank), "int8-head" (one per KV
-// head).
-struct KvChoice {
-  kernels::KvFormat format = kernels::KvFormat::kF16;
-  bool is_per_head = false;
-};
-absl::StatusOr<KvChoice> ParseKvChoice(const std::string& name);
-
 struct RankOptions {
   std::string model_dir;
-  std::string kv;               // empty: int8 for a workspace whose config.ini says quant_policy = 4, else f16
-  std::string kv_scales_dir;    // required by int8 and int8-head; empty: a workspace's own
+  std::string
+      kv;  // a name of kv::KvNames; empty: int8 for a workspace whose config.ini says quant_policy = 4, else f16
+  std::string kv_scales_dir;    // what kv::NeedsScales; empty: a workspace's own
   int64_t kv_memory_bytes = 0;  // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
   // Prompt + generated of one sequence; 0: the model's context, at most 16384. Dynamic NTK serves up to factor × that
   // context, but only when it is asked for here.

@@ -66,9 +66,9 @@ TEST_F(KvScalesTest, Golden1AFileIsKScaleKZpVScaleVZpAndASymmetricOneIsRefused) 
   const std::string bytes("\x00\x00\x00\x3f\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x80\xbf", 16);  // 0.5, 1, 2, -1
   const std::string path = folder_ + "/layers.0.past_kv_scale.0.weight";
   ASSERT_EQ(WriteFileAtomically(path, bytes), absl::OkStatus());
-  const auto read = ReadKvScales(folder_, "any", 1, 2, Plan(0, 1), Granularity::kRank);
+  const auto read = ReadKvScales(folder_, "any", {1, 2, 2}, Plan(0, 1), Granularity::kRank);
   ASSERT_TRUE(read.ok()) << read.status();
-  ASSERT_EQ(read->scales.size(), 2u);  // a head each
+  ASSERT_EQ(read->scales.size(), 4u);  // a channel each
   EXPECT_EQ(read->scales[1].k_scale, 0.5f);
   EXPECT_EQ(read->scales[1].k_zero_point, 1.0f);
   EXPECT_EQ(read->scales[1].v_scale, 2.0f);
@@ -83,7 +83,7 @@ TEST_F(KvScalesTest, Golden1AFileIsKScaleKZpVScaleVZpAndASymmetricOneIsRefused) 
 
   fs::remove(folder_ + "/kv_scales.json");
   ASSERT_EQ(WriteFileAtomically(path, bytes.substr(0, 8)), absl::OkStatus());
-  const std::string refusal(ReadKvScales(folder_, "any", 1, 2, Plan(0, 1), Granularity::kRank).status().message());
+  const std::string refusal(ReadKvScales(folder_, "any", {1, 2, 2}, Plan(0, 1), Granularity::kRank).status().message());
   EXPECT_NE(refusal.find(path + " has 8 bytes: symmetric scales"), std::string::npos) << refusal;
 }
 
@@ -99,7 +99,7 @@ TEST_F(KvScalesTest, Golden2ValuesAreRoundedHalfToEvenSaturateAndComeBack) {
   const auto plan =
       *shard::PlanShard({.n_heads = 1, .n_kv_heads = 1, .head_dim = 8, .intermediate_size = 4, .vocab_size = 4},
                         {.rank = 0, .world_size = 1});
-  const auto scales = ReadKvScales(folder_, "", 1, 1, plan, Granularity::kRank);
+  const auto scales = ReadKvScales(folder_, "", {1, 1, 8}, plan, Granularity::kRank);
   ASSERT_TRUE(scales.ok()) << scales.status();
   // min, max, zp, both sides out of range, NaN, and ties: 0.5 to 0, 1.5 to 2 steps above zp.
   const float values[8] = {-62.75f, 64.75f, 1, -1e6f, 1e6f, std::numeric_limits<float>::quiet_NaN(), 1.25f, 1.75f};
@@ -140,18 +140,19 @@ TEST_F(KvScalesTest, RanksHaveTheirOwnHeadsRanges) {
   EXPECT_EQ(File("layers.0.past_kv_scale.0.weight"), (std::vector<float>{5.0f / 255, 0.5f, 1.0f / 255, 0.0f}));
   EXPECT_EQ(File("layers.0.past_kv_scale.1.weight"), (std::vector<float>{10.0f / 255, 1.0f, 3.0f / 255, 0.5f}));
   EXPECT_EQ(File("layers.0.past_kv_scale_head.0.weight"), File("layers.0.past_kv_scale.0.weight"));
-  const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(1, 2), Granularity::kRank);
+  const auto scales = ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(1, 2), Granularity::kRank);
   ASSERT_TRUE(scales.ok()) << scales.status();
-  ASSERT_EQ(scales->scales.size(), 2u);
+  ASSERT_EQ(scales->scales.size(), 4u);
   EXPECT_EQ(scales->scales[0].k_zero_point, 1.0f);
+  EXPECT_EQ(scales->scales[1].k_zero_point, 1.0f);
   EXPECT_EQ(scales->manifest_id.size(), 16u);
-  EXPECT_GT(scales->scales[1].v_scale, 0) << "a constant has a scale all the same";
+  EXPECT_GT(scales->scales[2].v_scale, 0) << "a constant has a scale all the same";
 }
 
 TEST_F(KvScalesTest, MissingShortAlteredOrForeignScalesAreRefusedByName) {
   ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kRank), absl::OkStatus());
   const auto refusal = [&](const std::string& fingerprint, int rank, int world, Granularity granularity) {
-    const auto scales = ReadKvScales(folder_, fingerprint, 2, 2, Plan(rank, world), granularity);
+    const auto scales = ReadKvScales(folder_, fingerprint, {2, 2, 2}, Plan(rank, world), granularity);
     return scales.ok() ? "" : std::string(scales.status().message());
   };
   EXPECT_EQ(refusal("0123456789abcdef", 0, 2, Granularity::kRank), "");
@@ -235,19 +236,48 @@ TEST_F(KvScalesTest, Golden3AnExportForFewerRanksCoversThoseForMore) {
 TEST_F(KvScalesTest, HeadScalesServeEveryDegreeAndAllRanksSeeOneId) {
   ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kHead), absl::OkStatus());
   const auto read = [&](int rank, int world, Granularity granularity) {
-    const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(rank, world), granularity);
+    const auto scales = ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(rank, world), granularity);
     EXPECT_TRUE(scales.ok()) << scales.status();
     return scales.ok() ? *scales : RankScales{};
   };
   const RankScales whole = read(0, 1, Granularity::kHead), second = read(1, 2, Granularity::kHead);
-  ASSERT_EQ(whole.scales.size(), 4u);
-  ASSERT_EQ(second.scales.size(), 2u);
+  ASSERT_EQ(whole.scales.size(), 8u);
+  ASSERT_EQ(second.scales.size(), 4u);
   for (int layer = 0; layer < 2; ++layer) {
-    EXPECT_EQ(second.scales[layer].k_scale, whole.scales[2 * layer + 1].k_scale);
-    EXPECT_EQ(second.scales[layer].v_zero_point, whole.scales[2 * layer + 1].v_zero_point);
+    EXPECT_EQ(second.scales[2 * layer].k_scale, whole.scales[4 * layer + 2].k_scale);
+    EXPECT_EQ(second.scales[2 * layer].v_zero_point, whole.scales[4 * layer + 2].v_zero_point);
   }
   EXPECT_EQ(whole.manifest_id, second.manifest_id);
   EXPECT_EQ(whole.manifest_id, read(0, 2, Granularity::kRank).manifest_id);
+}
+
+TEST_F(KvScalesTest, ChannelsHaveTheirOwnRangesBesideThoseOfHeadsAndRanks) {
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kChannel), absl::OkStatus());
+  const std::string file = "layers.0.past_kv_scale_channel.1.weight";
+  EXPECT_EQ(File(file), (std::vector<float>{10.0f / 255, 1.0f, 3.0f / 255, 0.5f, 5.0f / 255, -0.5f, 1.0f / 255, 0.5f}));
+  const auto read = [&](int rank, int world, Granularity granularity) {
+    return ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(rank, world), granularity);
+  };
+  const auto whole = read(0, 1, Granularity::kChannel), second = read(1, 2, Granularity::kChannel);
+  ASSERT_TRUE(whole.ok() && second.ok()) << whole.status() << second.status();
+  ASSERT_EQ(whole->scales.size(), 8u);
+  ASSERT_EQ(second->scales.size(), 4u);
+  EXPECT_EQ(whole->scales[1].k_scale, 5.0f / 255);
+  EXPECT_EQ(second->scales[1].k_scale, 5.0f / 255);
+  EXPECT_EQ(second->scales[1].v_zero_point, 0.5f);
+  EXPECT_EQ(second->scales[0].k_scale, whole->scales[2].k_scale);
+  for (const Granularity coarser : {Granularity::kRank, Granularity::kHead}) {
+    const auto scales = read(0, 2, coarser);
+    ASSERT_TRUE(scales.ok()) << scales.status();
+    EXPECT_EQ(scales->manifest_id, whole->manifest_id);
+  }
+  const std::string bytes = *ReadTextFile(folder_ + "/" + file);
+  ASSERT_EQ(WriteFileAtomically(folder_ + "/" + file, bytes.substr(0, 16)), absl::OkStatus());
+  EXPECT_NE(read(0, 2, Granularity::kHead).status().message().find(file + " has 16 bytes instead of 32"),
+            absl::string_view::npos);
+  ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kHead), absl::OkStatus());
+  EXPECT_NE(read(0, 2, Granularity::kChannel).status().message().find("no scales per channel"),
+            absl::string_view::npos);
 }
 
 TEST_F(KvScalesTest, FilesOfAnotherExportAreRefused) {
@@ -258,22 +288,22 @@ TEST_F(KvScalesTest, FilesOfAnotherExportAreRefused) {
   ASSERT_EQ(WriteKvScales(folder_, wider, 2, Granularity::kRank), absl::OkStatus());
   // Rank 0 does not read rank 1's file for itself, but a group must not start on a mixed set.
   ASSERT_EQ(WriteFileAtomically(folder_ + "/layers.1.past_kv_scale.1.weight", stale), absl::OkStatus());
-  const auto mixed = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 2), Granularity::kRank);
+  const auto mixed = ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(0, 2), Granularity::kRank);
   EXPECT_EQ(mixed.status().code(), absl::StatusCode::kFailedPrecondition) << mixed.status();
 }
 
 TEST_F(KvScalesTest, FilesWithoutAManifestServePerRankWithOneIdForAllRanks) {
   ASSERT_EQ(WriteKvScales(folder_, Statistics(), 2, Granularity::kRank), absl::OkStatus());
   fs::remove(folder_ + "/kv_scales.json");
-  const auto first = ReadKvScales(folder_, "any", 2, 2, Plan(0, 2), Granularity::kRank);
-  const auto second = ReadKvScales(folder_, "any", 2, 2, Plan(1, 2), Granularity::kRank);
+  const auto first = ReadKvScales(folder_, "any", {2, 2, 2}, Plan(0, 2), Granularity::kRank);
+  const auto second = ReadKvScales(folder_, "any", {2, 2, 2}, Plan(1, 2), Granularity::kRank);
   // The first file alone would do for one rank, but covers the heads of one of two.
-  const std::string narrow(ReadKvScales(folder_, "any", 2, 2, Plan(0, 1), Granularity::kRank).status().message());
+  const std::string narrow(ReadKvScales(folder_, "any", {2, 2, 2}, Plan(0, 1), Granularity::kRank).status().message());
   EXPECT_NE(narrow.find("layers.0.past_kv_scale.1.weight is for more ranks than tp=1"), std::string::npos) << narrow;
   ASSERT_TRUE(first.ok() && second.ok()) << first.status() << second.status();
   EXPECT_EQ(first->manifest_id, second->manifest_id);
   EXPECT_NE(first->scales[0].k_scale, second->scales[0].k_scale);
-  EXPECT_TRUE(absl::IsNotFound(ReadKvScales(folder_, "any", 2, 2, Plan(0, 2), Granularity::kHead).status()));
+  EXPECT_TRUE(absl::IsNotFound(ReadKvScales(folder_, "any", {2, 2, 2}, Plan(0, 2), Granularity::kHead).status()));
 }
 
 TEST_F(KvScalesTest, MutatedManifestsNeverCrash) {
@@ -285,7 +315,7 @@ TEST_F(KvScalesTest, MutatedManifestsNeverCrash) {
     std::string bytes = manifest;
     bytes[random() % bytes.size()] = static_cast<char>(random());
     ASSERT_EQ(WriteFileAtomically(path, bytes), absl::OkStatus());
-    accepted += ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 2), Granularity::kHead).ok();
+    accepted += ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(0, 2), Granularity::kHead).ok();
   }
   EXPECT_GT(accepted, 0);
   EXPECT_LT(accepted, 500);
@@ -305,7 +335,7 @@ TEST_F(KvScalesTest, SymmetricScalesHaveZeroPointsOfZeroAndLoad) {
   EXPECT_EQ(File("layers.0.past_kv_scale.0.weight"), (std::vector<float>{6.0f / 127, 0, 2.0f / 127, 0}));
   EXPECT_EQ(File("layers.0.past_kv_scale_head.0.weight"), (std::vector<float>{3.0f / 127, 0, 0.5f / 127, 0}));
   for (const Granularity granularity : {Granularity::kRank, Granularity::kHead}) {
-    const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 1), granularity);
+    const auto scales = ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(0, 1), granularity);
     ASSERT_TRUE(scales.ok()) << scales.status();
     EXPECT_EQ(scales->scales[0].k_zero_point, 0);
   }
@@ -338,8 +368,10 @@ TEST_F(KvScalesTest, ClippingNarrowsAndNeedsHistograms) {
   EXPECT_LT(scale_with(ClipMethod::kPercentile), 0.2f * whole);
   const float least_error = scale_with(ClipMethod::kMse);
   EXPECT_LT(least_error, 0.9f * whole);
-  EXPECT_TRUE(ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 1), Granularity::kHead).ok());
+  EXPECT_TRUE(ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(0, 1), Granularity::kHead).ok());
   for (const ClipMethod method : {ClipMethod::kPercentile, ClipMethod::kMse}) {
+    EXPECT_EQ(WriteKvScales(folder_, WithHistograms(Statistics()), 1, Granularity::kChannel, {.method = method}).code(),
+              absl::StatusCode::kFailedPrecondition);
     const absl::Status refused = WriteKvScales(folder_, Statistics(), 1, Granularity::kHead, {.method = method});
     EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
     EXPECT_NE(std::string(refused.message()).find("histograms"), std::string::npos) << refused;
@@ -372,7 +404,7 @@ TEST_F(KvScalesTest, TheManifestSaysWhatTheScalesAre) {
 TEST_F(KvScalesTest, MeasurementsJoinTheManifestAndTheIdStays) {
   ASSERT_EQ(WriteKvScales(folder_, Statistics(), 1, Granularity::kHead), absl::OkStatus());
   const auto id = [&] {
-    const auto scales = ReadKvScales(folder_, "0123456789abcdef", 2, 2, Plan(0, 1), Granularity::kHead);
+    const auto scales = ReadKvScales(folder_, "0123456789abcdef", {2, 2, 2}, Plan(0, 1), Granularity::kHead);
     return scales.ok() ? scales->manifest_id : std::string(scales.status().message());
   };
   const std::string before = id();

@@ -19,9 +19,9 @@ struct DecoderOptions {
   int32_t max_rows = 512;        // rows of one step
   int64_t max_positions = 2048;  // of one sequence
   kernels::KvFormat kv_format = kernels::KvFormat::kF16;
-  int32_t block_count = 0;                       // of the paged cache
-  std::vector<kernels::KvHeadScales> kv_scales;  // [n_layers * n_kv_heads_local], int8 only
-  bool observes_kv = false;                      // keep statistics of all K and V that are appended
+  int32_t block_count = 0;                          // of the paged cache
+  std::vector<kernels::KvChannelScales> kv_scales;  // [n_layers, n_kv_heads_local, head_dim], int8 only
+  bool observes_kv = false;                         // keep statistics of all K and V that are appended
   absl::Duration collective_timeout = absl::Seconds(60);
 };
 
