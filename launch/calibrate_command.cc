@@ -35,7 +35,8 @@ namespace {
 constexpr char kDescription[] = R"(Record the range of keys and values, for an int8 KV cache
 
 Runs windows of text through the model on `--tp` ranks of this host and writes min, max and absmax of every layer, KV head
-and channel, and histograms, to WORK_DIR/kv_statistics.safetensors. Nothing is downloaded: ptb, c4, wikitext2 and pileval
+and channel, and histograms, to WORK_DIR/kv_statistics.safetensors, and what the inputs of linear layers carry, for
+`quantize --statistics`, to WORK_DIR/input_statistics.safetensors. Nothing is downloaded: ptb, c4, wikitext2 and pileval
 are looked for in --data-dir; anything else is a text file or a JSONL file with "text" in each record, or several, separated
 by commas.)";
 
@@ -150,13 +151,12 @@ absl::StatusOr<Windows> MakeWindows(const CalibrateFlags& flags) {
   return windows;
 }
 
-absl::StatusOr<ClusterOptions> ObservingCluster(const CalibrateFlags& flags, const std::string& path,
-                                                const Windows& windows) {
+absl::StatusOr<ClusterOptions> ObservingCluster(const CalibrateFlags& flags, const Windows& windows) {
   RW_ASSIGN_OR_RETURN(ClusterOptions options, ToClusterOptions(flags.cluster));
   const size_t window_tokens = windows.tokens[0].size();
   options.worker_flags.insert(
       options.worker_flags.end(),
-      {"--observe", path, "--dataset", flags.dataset, "--samples", absl::StrCat(windows.tokens.size()),
+      {"--observe", flags.work_folder, "--dataset", flags.dataset, "--samples", absl::StrCat(windows.tokens.size()),
        "--sample-tokens", absl::StrCat(window_tokens), "--sample-seed", absl::StrCat(flags.windows.seed),
        "--max-tokens", absl::StrCat(window_tokens + 1), "--max-running", absl::StrCat(kInFlight)});
   return options;
@@ -189,10 +189,10 @@ absl::Status Calibrate(const CalibrateFlags& flags) {
   std::error_code error;
   std::filesystem::create_directories(flags.work_folder, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat("--work-dir ", flags.work_folder, ": ", error.message()));
-  const std::string path = absl::StrCat(flags.work_folder, "/kv_statistics.safetensors");
+  const std::string path = absl::StrCat(flags.work_folder, "/", kv::KvStatistics::kFileName);
   std::filesystem::remove(path, error);  // so that what is there at the end is this run's
 
-  RW_ASSIGN_OR_RETURN(const ClusterOptions options, ObservingCluster(flags, path, windows));
+  RW_ASSIGN_OR_RETURN(const ClusterOptions options, ObservingCluster(flags, windows));
   RW_ASSIGN_OR_RETURN(const auto cluster, LocalCluster::Start(options));
   RW_RETURN_IF_ERROR(cluster->WaitServing(1, absl::Now() + options.start_timeout, interrupt.fd()));
   RW_RETURN_IF_ERROR(Feed(*cluster, windows, interrupt));

@@ -44,7 +44,7 @@ absl::Status KvQparams(KvQparamsFlags flags) {
                                                    "token and head, which no calibration can give"));
   RW_ASSIGN_OR_RETURN(flags.options.method, kv::ParseClipMethod(flags.clip));
   RW_ASSIGN_OR_RETURN(const kv::KvStatistics statistics,
-                      kv::ReadKvStatistics(absl::StrCat(flags.work_folder, "/kv_statistics.safetensors")));
+                      kv::ReadKvStatistics(absl::StrCat(flags.work_folder, "/", kv::KvStatistics::kFileName)));
   std::error_code error;
   std::filesystem::create_directories(flags.out_folder, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat("WEIGHTS_DIR ", flags.out_folder, ": ", error.message()));

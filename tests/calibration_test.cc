@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <numeric>
 
@@ -15,6 +16,8 @@
 #include "tests/support/test_data.h"
 #include "tests/support/thread_group.h"
 #include "worker/kv/kv_scales.h"
+#include "worker/weights/checkpoint.h"
+#include "worker/weights/input_statistics.h"
 
 namespace rankwise::testing {
 namespace {
@@ -59,15 +62,15 @@ class CalibrationTest : public ::testing::Test {
 
   absl::StatusOr<std::string> Calibrate(const Cut& cut) const {
     engine::RankOptions options = Options("f32");
-    options.observes_kv = true;
+    options.observes = true;
     options.max_running = cut.max_running;
     options.max_chunk_rows = cut.chunk_rows;
     auto group = ThreadGroup::Start(options, cut.tp, cut.threads);
     if (!group.ok()) return group.status();
     RunAll((*group)->engine(), Windows());
-    const std::string path = folder_ + "/statistics.safetensors";
+    const std::string path = absl::StrCat(folder_, "/", kv::KvStatistics::kFileName);
     const absl::Status written = (*group)->Finish([&](const engine::Rank& rank, comm::Communicator& communicator) {
-      return WriteObservations(rank, communicator, path,
+      return WriteObservations(rank, communicator, folder_,
                                {.dataset = "made up", .sample_count = 6, .sample_tokens = 60, .seed = 5},
                                absl::Seconds(60));
     });
@@ -81,7 +84,7 @@ class CalibrationTest : public ::testing::Test {
 TEST_F(CalibrationTest, TheFileIsTheSameHoweverTheWorkIsCut) {
   const auto expected = Calibrate({});
   ASSERT_TRUE(expected.ok()) << expected.status();
-  const auto statistics = kv::ReadKvStatistics(folder_ + "/statistics.safetensors");
+  const auto statistics = kv::ReadKvStatistics(absl::StrCat(folder_, "/", kv::KvStatistics::kFileName));
   ASSERT_TRUE(statistics.ok()) << statistics.status();
   EXPECT_EQ(statistics->seed, 5u);
   ASSERT_EQ(statistics->k_histogram.size(), size_t{kLayers} * kKvHeads * kernels::kHistogramBins);
@@ -92,6 +95,15 @@ TEST_F(CalibrationTest, TheFileIsTheSameHoweverTheWorkIsCut) {
           << "every value of a head is counted once";
     }
   }
+  const auto checkpoint = weights::Checkpoint::Open(SourcePath("launch/demo_model"));
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  const auto read_inputs = [&] {
+    return weights::ReadInputStatistics(absl::StrCat(folder_, "/", weights::InputStatistics::kFileName),
+                                        (*checkpoint)->config());
+  };
+  const auto inputs = read_inputs();
+  ASSERT_TRUE(inputs.ok()) << inputs.status();
+  EXPECT_EQ(inputs->model_fingerprint, (*checkpoint)->fingerprint());
   // With eight ranks two share each KV head: it must not be counted twice.
   for (const Cut& cut : {Cut{.tp = 2}, Cut{.tp = 4, .max_running = 6}, Cut{.tp = 8}, Cut{.threads = 3},
                          Cut{.chunk_rows = 7}, Cut{.max_running = 1}}) {
@@ -99,12 +111,23 @@ TEST_F(CalibrationTest, TheFileIsTheSameHoweverTheWorkIsCut) {
     ASSERT_TRUE(other.ok()) << other.status();
     EXPECT_TRUE(*other == *expected) << "tp " << cut.tp << ", threads " << cut.threads << ", " << cut.max_running
                                      << " running, chunks of " << cut.chunk_rows;
+    const auto same_inputs = read_inputs();
+    ASSERT_TRUE(same_inputs.ok()) << same_inputs.status();
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const weights::InputMeanSquares &a = inputs->layers[layer], &b = same_inputs->layers[layer];
+      for (const auto& [one, other_one] :
+           {std::pair(&a.qkv, &b.qkv), {&a.o, &b.o}, {&a.gate_up, &b.gate_up}, {&a.down, &b.down}}) {
+        // Sums of 360 squares in double, in another order.
+        for (size_t i = 0; i < one->size(); ++i) EXPECT_FLOAT_EQ((*one)[i], (*other_one)[i]) << "tp " << cut.tp;
+        EXPECT_GT(*std::ranges::min_element(*one), 0);
+      }
+    }
   }
 }
 
 TEST_F(CalibrationTest, NarrowScalesAreCountedInTheirLayers) {
   ASSERT_TRUE(Calibrate({}).ok());
-  auto statistics = kv::ReadKvStatistics(folder_ + "/statistics.safetensors");
+  auto statistics = kv::ReadKvStatistics(absl::StrCat(folder_, "/", kv::KvStatistics::kFileName));
   ASSERT_TRUE(statistics.ok()) << statistics.status();
   statistics->k_histogram.clear();
   statistics->v_histogram.clear();

@@ -14,6 +14,7 @@
 #include "base/mapped_file.h"
 #include "kernels/number_formats.h"
 #include "tests/support/thread_group.h"
+#include "worker/weights/activation_scaling.h"
 #include "worker/weights/checkpoint.h"
 #include "worker/weights/quantize.h"
 #include "worker/weights/random_model.h"
@@ -181,6 +182,121 @@ TEST_F(QuantizedModel, IsCloseToItsSource) {
     EXPECT_LT(error / size, last);
     last = error / size;
   }
+}
+
+// Statistics in which one input channel of 37 carries a thousand times the others' square.
+weights::InputStatistics OutlierStatistics(const weights::Checkpoint& checkpoint) {
+  const weights::ModelConfig& config = checkpoint.config();
+  const auto spread = [](int64_t size) {
+    std::vector<float> mean_square(size, 1.0f);
+    for (int64_t i = 5; i < size; i += 37) mean_square[i] = 1000.0f;
+    return mean_square;
+  };
+  return {.model_fingerprint = checkpoint.fingerprint(),
+          .layers = {static_cast<size_t>(config.n_layers),
+                     weights::InputMeanSquares{.qkv = spread(config.hidden_size),
+                                               .o = spread(int64_t{config.n_heads} * config.head_dim),
+                                               .gate_up = spread(config.hidden_size),
+                                               .down = spread(config.intermediate_size)}}};
+}
+
+TEST_F(QuantizedModel, StatisticsMakeWhatInputsCarryCheaper) {
+  for (const char* family : {"llama", "internlm2"}) {
+    const std::string model = Random(family, kernels::DType::kBF16), folder = folder_ + "/quantized";
+    const auto source = weights::ListTensors(model);
+    ASSERT_TRUE(source.ok()) << source.status();
+    const weights::InputStatistics statistics = OutlierStatistics(*source->checkpoint);
+    ASSERT_EQ(weights::WriteInputStatistics(folder_ + "/input_statistics.safetensors", statistics), absl::OkStatus());
+    weights::QuantizeOptions options{.bits = 4, .group_size = 32, .replaces = true};
+    const weights::Scalings scalings = weights::ScaleByActivations(*source, statistics, options, {});
+    // Errors of one matrix, weighted by what its inputs carry, with what was folded into it taken out again.
+    const auto cost = [&](const std::string& name, const std::vector<float>& mean_square, bool is_scaled) {
+      const auto listing = weights::ListTensors(folder);
+      EXPECT_TRUE(listing.ok()) << listing.status();
+      const auto find = [&](const weights::TensorListing& all) {
+        return std::ranges::find(all.tensors, name, &weights::NamedTensor::name)->view;
+      };
+      const kernels::MatrixView before = find(*source), after = find(*listing);
+      double sum = 0;
+      for (int64_t k = 0; k < before.rows * before.cols; ++k) {
+        const int64_t row = k / before.cols, col = k % before.cols;
+        const auto scaling = is_scaled ? scalings.at(name) : weights::TensorScaling();
+        const double in = scaling.cols.empty() ? 1 : scaling.cols[col],
+                     out = scaling.rows.empty() ? 1 : scaling.rows[row];
+        const double error = kernels::ElementAt(after, row, col) / in / out - kernels::ElementAt(before, row, col);
+        sum += mean_square[col] * error * error;
+      }
+      return sum;
+    };
+    const weights::LayerNames& names = source->layers[1];
+    std::vector<double> plain;
+    for (const bool is_scaled : {false, true}) {
+      options.statistics_dir = is_scaled ? folder_ : "";
+      ASSERT_EQ(weights::WriteQuantized(model, folder, options, {}), absl::OkStatus());
+      const std::vector<double> costs = {cost(names.qkv[0], statistics.layers[1].qkv, is_scaled),
+                                         cost(names.gate_up[1], statistics.layers[1].gate_up, is_scaled),
+                                         cost(names.down, statistics.layers[1].down, is_scaled)};
+      if (!is_scaled) plain = costs;
+      for (size_t i = 0; is_scaled && i < costs.size(); ++i) EXPECT_LT(costs[i], 0.5 * plain[i]) << family << " " << i;
+    }
+  }
+}
+
+TEST_F(QuantizedModel, ScalingLeavesTheFloatsAsTheyAre) {
+  const std::string model = Random("llama", kernels::DType::kF32);
+  const auto listing = weights::ListTensors(model);
+  ASSERT_TRUE(listing.ok()) << listing.status();
+  const weights::ModelConfig& config = listing->checkpoint->config();
+  const weights::Scalings scalings =
+      weights::ScaleByActivations(*listing, OutlierStatistics(*listing->checkpoint), {.group_size = 32}, {});
+  int64_t widened = 0;
+  const auto cancel = [&](float in, float out) {
+    EXPECT_EQ(in * out, 1.0f);
+    EXPECT_EQ(std::exp2(std::round(std::log2(in))), in) << "a power of two";
+    widened += in != 1;
+  };
+  for (const weights::LayerNames& names : listing->layers) {
+    for (int64_t i = 0; i < config.hidden_size; ++i) {
+      for (const std::string& reader : names.qkv) {
+        cancel(scalings.at(reader).cols[i], scalings.at(names.attention_norm + "weight").rows[i]);
+      }
+      for (const std::string& reader : names.gate_up) {
+        cancel(scalings.at(reader).cols[i], scalings.at(names.mlp_norm + "weight").rows[i]);
+      }
+    }
+    for (int64_t i = 0; i < config.intermediate_size; ++i) {
+      cancel(scalings.at(names.down).cols[i], scalings.at(names.up + "weight").rows[i]);
+      if (config.has_mlp_bias) cancel(scalings.at(names.down).cols[i], scalings.at(names.up + "bias").rows[i]);
+    }
+    const int64_t dim = config.head_dim, group = config.n_heads / config.n_kv_heads;
+    for (int64_t i = 0; i < config.n_heads * dim; ++i) {
+      cancel(scalings.at(names.o).cols[i], scalings.at(names.v + "weight").rows[i / dim / group * dim + i % dim]);
+    }
+  }
+  EXPECT_GT(widened, 100);
+}
+
+TEST_F(QuantizedModel, StatisticsOfAnotherModelAreRefused) {
+  const std::string model = Random("llama");
+  const auto listing = weights::ListTensors(model);
+  ASSERT_TRUE(listing.ok()) << listing.status();
+  const std::string path = folder_ + "/input_statistics.safetensors";
+  const weights::QuantizeOptions options{.group_size = 32, .statistics_dir = folder_};
+  const auto refusal = [&](const weights::InputStatistics& statistics) {
+    EXPECT_EQ(weights::WriteInputStatistics(path, statistics), absl::OkStatus());
+    return std::string(weights::WriteQuantized(model, folder_ + "/out", options, {}).message());
+  };
+  weights::InputStatistics statistics = OutlierStatistics(*listing->checkpoint);
+  statistics.model_fingerprint = "another";
+  EXPECT_THAT(refusal(statistics), HasSubstr("is of model another"));
+  statistics.layers[1].down.pop_back();
+  EXPECT_THAT(refusal(statistics), HasSubstr("layers.1.down.mean_square is not a F32 tensor"));
+  statistics = OutlierStatistics(*listing->checkpoint);
+  statistics.layers[0].o[3] = -1;
+  EXPECT_THAT(refusal(statistics), HasSubstr("layers.0.o.mean_square holds -1"));
+  fs::remove(path);
+  EXPECT_FALSE(weights::WriteQuantized(model, folder_ + "/out", options, {}).ok());
+  EXPECT_FALSE(fs::exists(folder_ + "/out"));
 }
 
 TEST_F(QuantizedModel, ReplacesOnlyItsOwn) {

@@ -18,9 +18,9 @@ struct SampleInfo {
   uint64_t seed = 0;          // of their choice
 };
 
-// Collective, at the end of a group that observed K and V: gathers every rank's statistics and lets rank 0 write the
-// whole model's statistics file. FailedPrecondition when no token was seen.
-absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& path,
+// Collective, at the end of a group that observed: gathers every rank's statistics and lets rank 0 write the
+// whole model's KvStatistics and InputStatistics into `folder`. FailedPrecondition when no token was seen.
+absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& folder,
                                const SampleInfo& samples, absl::Duration timeout);
 
 }  // namespace rankwise

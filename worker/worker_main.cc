@@ -35,7 +35,7 @@ struct Flags {
   std::string kv_memory;
   std::string coordinator;
   std::string coordinator_file;
-  std::string observe_file;
+  std::string observe_dir;
   SampleInfo samples;
   bool has_no_prefix_cache = false;
   double step_timeout_seconds = 60;
@@ -75,8 +75,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--threads", flags.cpu.threads, "CPU threads of this rank")
       ->default_str("this host's CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512; default the best there is");
-  app.add_option("--observe", flags.observe_file,
-                 "Calibration: keep K and V ranges and write this statistics file when stopped");
+  app.add_option("--observe", flags.observe_dir,
+                 "Calibration: keep statistics of K, V and inputs, and write them into this folder when stopped");
   app.add_option("--dataset", flags.samples.dataset, "With --observe: the data's name, kept in the statistics");
   app.add_option("--samples", flags.samples.sample_count, "With --observe: number of samples, kept in the statistics");
   app.add_option("--sample-tokens", flags.samples.sample_tokens,
@@ -229,8 +229,8 @@ int Run(Flags& flags) {
   const std::function<std::string()> report = [&rank] { return OwnLoad(rank).SerializeAsString(); };
   absl::Status ended = is_lead ? Lead(flags, rank, *backend, **communicator, address, report)
                                : engine::Follow(*rank.executor, **communicator, flags.rank.collective_timeout, report);
-  if (ended.ok() && !flags.observe_file.empty()) {
-    ended = WriteObservations(rank, **communicator, flags.observe_file, flags.samples, flags.rank.collective_timeout);
+  if (ended.ok() && !flags.observe_dir.empty()) {
+    ended = WriteObservations(rank, **communicator, flags.observe_dir, flags.samples, flags.rank.collective_timeout);
   }
   if (!ended.ok()) {
     spdlog::error("rank {}: {}", (*communicator)->rank(), std::string(ended.message()));
@@ -266,9 +266,9 @@ int main(int argc, char** argv) {
     flags.rank.kv_memory_bytes = static_cast<int64_t>(bytes);
   }
   flags.rank.collective_timeout = absl::Seconds(flags.step_timeout_seconds);
-  flags.rank.has_prefix_cache = !flags.has_no_prefix_cache && flags.observe_file.empty();
-  flags.rank.observes_kv = !flags.observe_file.empty();
-  if (flags.rank.observes_kv) flags.rank.kv = "f32";
+  flags.rank.has_prefix_cache = !flags.has_no_prefix_cache && flags.observe_dir.empty();
+  flags.rank.observes = !flags.observe_dir.empty();
+  if (flags.rank.observes) flags.rank.kv = "f32";
   std::signal(SIGTERM, RequestStop);
   std::signal(SIGINT, RequestStop);
   std::signal(SIGPIPE, SIG_IGN);

@@ -55,7 +55,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   const weights::KvAdvice advice = prepared.checkpoint->kv_advice();
   prepared.kv = options.kv.empty() ? advice.format : options.kv;
   RW_ASSIGN_OR_RETURN(const kv::KvChoice kv, kv::ParseKvChoice(prepared.kv));
-  if (options.observes_kv && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
+  if (options.observes && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
     return absl::InvalidArgumentError("observing K and V needs kv=f32 and no prefix cache");
   }
   if (const int64_t longest = LongestContext(config); options.max_tokens > longest) {
@@ -75,7 +75,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
   decoder.max_positions =
       options.max_tokens > 0 ? options.max_tokens : std::min<int64_t>(config.max_position, kDefaultMaxTokens);
   decoder.kv_format = kv.format;
-  decoder.observes_kv = options.observes_kv;
+  decoder.observes = options.observes;
   decoder.collective_timeout = options.collective_timeout;
   if (kv.granularity.has_value()) {
     const std::string scales_dir = options.kv_scales_dir.empty() ? advice.scales_dir : options.kv_scales_dir;

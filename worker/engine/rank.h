@@ -28,7 +28,7 @@ struct RankOptions {
   int32_t max_chunk_rows = 512;
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
-  bool observes_kv = false;  // calibration: K and V ranges are kept; needs kv f32 and no prefix cache
+  bool observes = false;  // calibration: K and V ranges are kept; needs kv f32 and no prefix cache
   absl::Duration collective_timeout = absl::Seconds(60);
 };
 

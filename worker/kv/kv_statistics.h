@@ -12,6 +12,8 @@ namespace rankwise::kv {
 
 // What calibration saw, whole model. K after bias, norm and RoPE, rotate-half order.
 struct KvStatistics {
+  static constexpr char kFileName[] = "kv_statistics.safetensors";
+
   std::string model_fingerprint;
   int n_layers = 0;
   int n_kv_heads = 0;

@@ -21,8 +21,15 @@ struct DecoderOptions {
   kernels::KvFormat kv_format = kernels::KvFormat::kF16;
   int32_t block_count = 0;                          // of the paged cache
   std::vector<kernels::KvChannelScales> kv_scales;  // [n_layers, n_kv_heads_local, head_dim], int8 only
-  bool observes_kv = false;                         // keep statistics of all K and V that are appended
+  bool observes = false;                            // keep statistics of all K and V, and of all inputs
   absl::Duration collective_timeout = absl::Seconds(60);
+};
+
+// Sums of squares, since the start, of what the linear layers of one decoder layer read on this rank, per channel:
+// [hidden], [heads_local * head_dim], [hidden], [intermediate_local].
+struct InputObservation {
+  int64_t rows = 0;
+  std::vector<double> qkv, o, gate_up, down;
 };
 
 // Bytes of one block of the paged cache on this rank: all layers, K and V.
@@ -49,8 +56,9 @@ class Decoder {
   const weights::ModelConfig& config() const { return config_; }
   const shard::ShardPlan& plan() const { return plan_; }
   const kernels::KvPool& kv_pool() const { return *kv_pool_; }
-  // Per layer; empty unless observes_kv.
+  // Per layer; empty unless observes.
   const std::vector<kernels::KvObservation>& observations() const { return observations_; }
+  const std::vector<InputObservation>& input_observations() const { return input_observations_; }
   int64_t weight_bytes() const;   // packed matrices of this rank: what a decode step reads besides KV
   int64_t multiply_adds() const;  // per row, this rank, without attention and without the output matrix
   int64_t output_multiply_adds() const;
@@ -69,6 +77,7 @@ class Decoder {
   absl::StatusOr<kernels::Backend::Floats> Upload(const std::vector<float>& host);
   absl::Status RunLayer(int index, int32_t row_count);
   absl::Status ReduceDelta(int32_t row_count);
+  absl::Status Observe(const float* x, int32_t row_count, std::vector<double> InputObservation::*sums, int layer);
   absl::Status EmitLogits(std::span<const int32_t> logit_rows, const LogitsSink& sink);
 
   const weights::ModelConfig config_;
@@ -85,6 +94,7 @@ class Decoder {
   std::vector<Layer> layers_;
   std::unique_ptr<kernels::KvPool> kv_pool_;
   std::vector<kernels::KvObservation> observations_;
+  std::vector<InputObservation> input_observations_;
 
   // Activations, [max_rows, …]: x the residual stream, normed the input of the next matmul, delta its contribution to
   // x.

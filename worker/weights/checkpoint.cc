@@ -126,6 +126,22 @@ class HuggingFaceCheckpoint : public Checkpoint {
     }
     return tensors;
   }
+  LayerNames layer_names(int layer) const {
+    const auto weight = [&](const char* pattern) { return Name(pattern, layer, "weight"); };
+    LayerNames names{.attention_norm = Name(names_->attention_norm, layer, ""),
+                     .mlp_norm = Name(names_->mlp_norm, layer, ""),
+                     .gate_up = {weight(names_->gate), weight(names_->up)},
+                     .o = weight(names_->o),
+                     .down = weight(names_->down),
+                     .up = Name(names_->up, layer, "")};
+    if (config_.has_fused_qkv) {
+      names.qkv = {weight(names_->qkv)};
+    } else {
+      names.qkv = {weight(names_->q), weight(names_->k), weight(names_->v)};
+      names.v = Name(names_->v, layer, "");
+    }
+    return names;
+  }
   absl::Status Verify(const ShardPlan&) const override { return absl::OkStatus(); }  // nothing to compare with
 
   LayerWeights Layer(int layer, const ShardPlan& plan) const override {
@@ -428,6 +444,7 @@ absl::StatusOr<TensorListing> ListTensors(const std::string& model_dir) {
   auto checkpoint = std::make_unique<HuggingFaceCheckpoint>();
   RW_RETURN_IF_ERROR(checkpoint->Load(model_dir));
   TensorListing listing{.tensors = checkpoint->tensors()};
+  for (int i = 0; i < checkpoint->config().n_layers; ++i) listing.layers.push_back(checkpoint->layer_names(i));
   listing.checkpoint = std::move(checkpoint);
   return listing;
 }

@@ -70,10 +70,18 @@ struct NamedTensor {
   bool is_vector = false;
   bool is_linear = false;  // a matrix of a decoder layer, which AWQ quantises
 };
+// What a decoder layer's tensors are called. Those that end in a dot have a weight and may have a bias.
+struct LayerNames {
+  std::string attention_norm, mlp_norm;   // end in a dot
+  std::vector<std::string> qkv, gate_up;  // matrices that read the norms' outputs
+  std::string o, down;                    // matrices
+  std::string v, up;                      // what makes their inputs; end in a dot; v is empty where q, k, v are one
+};
 // The tensors of the folder `model_dir`, by name, valid while `checkpoint` lives.
 struct TensorListing {
   std::unique_ptr<Checkpoint> checkpoint;
   std::vector<NamedTensor> tensors;
+  std::vector<LayerNames> layers;
 };
 absl::StatusOr<TensorListing> ListTensors(const std::string& model_dir);
 

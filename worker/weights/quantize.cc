@@ -14,8 +14,10 @@
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "kernels/number_formats.h"
+#include "worker/weights/activation_scaling.h"
 #include "worker/weights/checkpoint.h"
 #include "worker/weights/json.h"
+#include "worker/weights/matrix_parts.h"
 #include "worker/weights/safetensors.h"
 
 namespace rankwise::weights {
@@ -37,19 +39,26 @@ struct Words {
   std::vector<uint16_t> scales;
 };
 
-absl::StatusOr<Words> QuantizeMatrix(const MatrixView& w, const QuantizeOptions& options) {
+// Element [i] of scales that may be absent.
+float At(const std::vector<float>& scales, int64_t i) { return scales.empty() ? 1.0f : scales[i]; }
+
+absl::StatusOr<Words> QuantizeMatrix(const MatrixView& w, const TensorScaling& scaling,
+                                     const QuantizeOptions& options) {
   const int64_t per_word = 32 / options.bits, row_words = w.rows / per_word, groups = w.cols / options.group_size;
   Words words{.qweight = std::vector<uint32_t>(w.cols * row_words),
               .qzeros = std::vector<uint32_t>(groups * row_words),
               .scales = std::vector<uint16_t>(groups * w.rows)};
-  std::vector<float> values(options.group_size);
+  std::vector<float> values(options.group_size), importance(options.group_size);
   for (int64_t out = 0; out < w.rows; ++out) {
     const int shift = ShiftOf(out, options.bits);
     for (int64_t group = 0; group < groups; ++group) {
       for (int32_t i = 0; i < options.group_size; ++i) {
-        values[i] = kernels::ElementAt(w, out, group * options.group_size + i);
+        const int64_t in = group * options.group_size + i;
+        const float widened = At(scaling.cols, in);
+        values[i] = kernels::ElementAt(w, out, in) * widened * At(scaling.rows, out);
+        importance[i] = At(scaling.mean_square, in) / (widened * widened);
       }
-      const QuantizedGroup quantized = QuantizeGroup(values, (1 << options.bits) - 1);
+      const QuantizedGroup quantized = QuantizeGroup(values, (1 << options.bits) - 1, importance);
       if (quantized.q.empty())
         return absl::InvalidArgumentError("holds a value that is not finite, or a range beyond f16");
       words.scales[group * w.rows + out] = quantized.scale;
@@ -107,16 +116,34 @@ absl::Status CheckShapes(const std::vector<NamedTensor>& tensors, const Quantize
   return absl::OkStatus();
 }
 
-absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const std::string& path,
-                          const QuantizeOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+// A vector times its scales, in its own dtype.
+std::vector<std::byte> ScaledVector(const MatrixView& view, const TensorScaling& scaling) {
+  const int64_t size = kernels::DTypeBytes(view.dtype);
+  std::vector<std::byte> bytes(view.rows * size);
+  for (int64_t i = 0; i < view.rows; ++i) {
+    const float value = kernels::ElementAt(view, i, 0) * At(scaling.rows, i);
+    if (view.dtype == kernels::DType::kF32) {
+      std::memcpy(&bytes[i * size], &value, size);
+    } else {
+      const uint16_t word = RoundTo16(value, view.dtype);
+      std::memcpy(&bytes[i * size], &word, size);
+    }
+  }
+  return bytes;
+}
+
+absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const Scalings& scalings, const std::string& path,
+                          const QuantizeOptions& options, const QuantizeProgress& progress) {
   int64_t total = 0, done = 0;
   for (const NamedTensor& tensor : tensors) total += tensor.view.rows * tensor.view.cols;
   std::ofstream file(path, std::ios::binary | std::ios::trunc);
   file << SafetensorsHeader(Headers(tensors, options), {{"format", "pt"}});
   for (const NamedTensor& tensor : tensors) {
     const MatrixView& view = tensor.view;
+    const auto scaled = scalings.find(tensor.name);
+    const TensorScaling scaling = scaled == scalings.end() ? TensorScaling() : scaled->second;
     if (tensor.is_linear) {
-      const absl::StatusOr<Words> words = QuantizeMatrix(view, options);
+      const absl::StatusOr<Words> words = QuantizeMatrix(view, scaling, options);
       if (!words.ok()) {
         return absl::Status(words.status().code(),
                             absl::StrCat(tensor.name, " ", std::string(words.status().message())));
@@ -124,14 +151,29 @@ absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const std::st
       WriteAll(file, words->qweight);
       WriteAll(file, words->qzeros);
       WriteAll(file, words->scales);
+    } else if (tensor.is_vector) {
+      WriteAll(file, ScaledVector(view, scaling));
     } else {
       file.write(reinterpret_cast<const char*>(view.data), view.rows * view.cols * kernels::DTypeBytes(view.dtype));
     }
     done += view.rows * view.cols;
-    if (progress) progress(done, total);
+    if (progress) progress("quantize", done, total);
   }
   file.close();
   return file ? absl::OkStatus() : absl::InternalError(absl::StrCat("cannot write ", path));
+}
+
+absl::StatusOr<Scalings> ScalingsOf(const TensorListing& listing, const QuantizeOptions& options,
+                                    const QuantizeProgress& progress) {
+  if (options.statistics_dir.empty()) return Scalings();
+  const std::string path = absl::StrCat(options.statistics_dir, "/", InputStatistics::kFileName);
+  RW_ASSIGN_OR_RETURN(const InputStatistics statistics, ReadInputStatistics(path, listing.checkpoint->config()));
+  if (statistics.model_fingerprint != listing.checkpoint->fingerprint()) {
+    return absl::FailedPreconditionError(absl::StrCat(path, " is of model ", statistics.model_fingerprint, ", not of ",
+                                                      listing.checkpoint->fingerprint(),
+                                                      "; `rankwise calibrate` this model"));
+  }
+  return ScaleByActivations(listing, statistics, options, progress);
 }
 
 absl::Status WriteConfig(const std::string& model_dir, const std::string& folder, const QuantizeOptions& options) {
@@ -157,24 +199,25 @@ absl::Status CopyTheRest(const std::string& model_dir, const std::string& folder
   return absl::OkStatus();
 }
 
-absl::Status Fill(const TensorListing& listing, const std::string& model_dir, const std::string& folder,
-                  const QuantizeOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+absl::Status Fill(const TensorListing& listing, const Scalings& scalings, const std::string& model_dir,
+                  const std::string& folder, const QuantizeOptions& options, const QuantizeProgress& progress) {
   std::error_code error;
   fs::create_directories(folder, error);
   if (error) return absl::InternalError(absl::StrCat("cannot create ", folder, ": ", error.message()));
-  RW_RETURN_IF_ERROR(WriteTensors(listing.tensors, folder + "/model.safetensors", options, progress));
+  RW_RETURN_IF_ERROR(WriteTensors(listing.tensors, scalings, folder + "/model.safetensors", options, progress));
   RW_RETURN_IF_ERROR(WriteConfig(model_dir, folder, options));
   RW_RETURN_IF_ERROR(CopyTheRest(model_dir, folder));
-  const nlohmann::json marker = {{"model", listing.checkpoint->fingerprint()},
-                                 {"bits", options.bits},
-                                 {"group_size", options.group_size},
-                                 {"method", "round to nearest, clipped ranges"}};
+  const nlohmann::json marker = {
+      {"model", listing.checkpoint->fingerprint()},
+      {"bits", options.bits},
+      {"group_size", options.group_size},
+      {"method", scalings.empty() ? "round to nearest, clipped ranges" : "activation-aware"}};
   return WriteFileAtomically(folder + "/" + kMarker, marker.dump(2) + "\n");
 }
 
 }  // namespace
 
-QuantizedGroup QuantizeGroup(std::span<const float> weights, int levels) {
+QuantizedGroup QuantizeGroup(std::span<const float> weights, int levels, std::span<const float> importance) {
   const auto [low, high] = std::minmax_element(weights.begin(), weights.end());
   const float min = std::min(*low, 0.0f), max = std::max(*high, 0.0f);
   QuantizedGroup best;
@@ -186,11 +229,12 @@ QuantizedGroup QuantizeGroup(std::span<const float> weights, int levels) {
     group.zero =
         std::clamp(static_cast<int>(std::nearbyint(-min * static_cast<float>(percent) / 100.0f / divisor)), 0, levels);
     double error = 0;
-    for (const float w : weights) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const float w = weights[i];
       const float q = std::nearbyint(w / divisor) + static_cast<float>(group.zero);
       group.q.push_back(static_cast<int>(std::clamp(q, 0.0f, static_cast<float>(levels))));
       const double difference = static_cast<double>(group.q.back() - group.zero) * scale - w;
-      error += difference * difference;
+      error += difference * difference * (importance.empty() ? 1.0 : importance[i]);
     }
     if (error < least) {
       least = error;
@@ -201,7 +245,7 @@ QuantizedGroup QuantizeGroup(std::span<const float> weights, int levels) {
 }
 
 absl::Status WriteQuantized(const std::string& model_dir, const std::string& destination,
-                            const QuantizeOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
+                            const QuantizeOptions& options, const QuantizeProgress& progress) {
   if ((options.bits != 4 && options.bits != 8) || options.group_size < 1) {
     return absl::InvalidArgumentError(absl::StrCat("bits=", options.bits, ", group_size=", options.group_size,
                                                    ": bits are 4 or 8, a group has inputs"));
@@ -211,6 +255,7 @@ absl::Status WriteQuantized(const std::string& model_dir, const std::string& des
     return absl::FailedPreconditionError(absl::StrCat(model_dir, " is quantised already"));
   }
   RW_RETURN_IF_ERROR(CheckShapes(listing.tensors, options));
+  RW_ASSIGN_OR_RETURN(const Scalings scalings, ScalingsOf(listing, options, progress));
   std::error_code error;
   const fs::path path = fs::absolute(destination, error).lexically_normal();
   const std::string folder = path.has_filename() ? path : path.parent_path();  // "x/" is x
@@ -222,7 +267,7 @@ absl::Status WriteQuantized(const std::string& model_dir, const std::string& des
     return absl::FailedPreconditionError(absl::StrCat(folder, " was not written by quantize, so it is not replaced"));
   }
   const std::string temporary = absl::StrCat(folder, ".", getpid(), ".tmp");
-  absl::Status written = Fill(listing, model_dir, temporary, options, progress);
+  absl::Status written = Fill(listing, scalings, model_dir, temporary, options, progress);
   if (written.ok() && exists) fs::remove_all(folder, error);
   if (written.ok()) fs::rename(temporary, folder, error);
   if (written.ok() && error)
