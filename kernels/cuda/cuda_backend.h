@@ -1,0 +1,32 @@
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+
+// The math of one rank on one NVIDIA GPU of compute capability 8.0 or later. Host C++: no CUDA header is needed to
+// include this. It lives in librankwise_cuda.so, which a process opens only when it is told to use a GPU.
+//
+// Threads: as any Backend, one thread at a time, but not always the same one. Ops are issued on the backend's stream
+// and return before they are done; only CopyToHost and what reads results (SaturatedCounts, BlockBytes, an observation)
+// wait. Pointers in ops are device memory from Allocate.
+//
+// Numbers: products and sums are as exact as in f32 (kernels/cuda/matmul.cu and attention.cu derive their bounds), and
+// a row's bits depend on that row alone, whatever shares its step. K of a product is summed in a fixed order of its
+// own, not by SumTree, so degrees of tensor parallelism agree within the bound and not in every bit.
+namespace rankwise::kernels {
+
+struct CudaOptions {
+  int device = 0;  // as cudaSetDevice counts
+};
+
+// Unavailable without a driver or GPU, InvalidArgument for a device that is not there, FailedPrecondition for a GPU
+// older than sm_80. The message names the call that failed.
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& options);
+
+// The cudaStream_t on which a backend of CreateCudaBackend issues everything, for a communicator to issue its own
+// collectives in order with the ops. Lives as long as the backend.
+void* CudaStreamOf(const Backend& backend);
+
+}  // namespace rankwise::kernels
