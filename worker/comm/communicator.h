@@ -31,7 +31,14 @@ class Communicator {
   // ranks make a balanced binary tree, ((r0 + r1) + (r2 + r3)) + ..., and 5, 6, 7 the one of 8 in which a subtree
   // without ranks adds nothing. The bits (of a NaN: that it is one) are the same on all ranks, in every run, and for
   // every count.
+  //
+  // `values` is in the memory of the rank's device. A communicator of a device may return before the sum is made, which
+  // then comes in the order of the device's stream; an error on the way there is the next call's.
   virtual absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) = 0;
+
+  // Until all sums called for are made, and all else that this rank's device was given before. Not collective. To be
+  // called before anything else waits for the device, which a lost peer would make endless: this call has a deadline.
+  virtual absl::Status Wait(absl::Duration /*timeout*/) { return absl::OkStatus(); }
 
   // Rank 0's `all` becomes rank r's `part` at offset Σ_{i<r} part_counts[i]. `all` is empty on other ranks.
   virtual absl::Status Gather(std::span<const float> part, std::span<const int64_t> part_counts, std::span<float> all,

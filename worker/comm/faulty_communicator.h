@@ -36,6 +36,10 @@ class FaultyCommunicator final : public Communicator {
     RW_RETURN_IF_ERROR(NextCall());
     return inner_->AllReduceSum(values, timeout);
   }
+  absl::Status Wait(absl::Duration timeout) override {
+    RW_RETURN_IF_ERROR(broken_);
+    return inner_->Wait(timeout);
+  }
   absl::Status Gather(std::span<const float> part, std::span<const int64_t> part_counts, std::span<float> all,
                       absl::Duration timeout) override {
     RW_RETURN_IF_ERROR(NextCall());

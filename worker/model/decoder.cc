@@ -194,6 +194,8 @@ int64_t Decoder::output_multiply_adds() const { return output_->n_in() * output_
 absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
                               const LogitsSink& sink) {
   RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
+  // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
+  RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
   RW_RETURN_IF_ERROR(backend_.BeginStep(rows));
   RW_RETURN_IF_ERROR(backend_.Embed(embedding_, x_.get()));
   RW_RETURN_IF_ERROR(backend_.RmsNorm(normed_.get(), x_.get(), layers_.front().attention_norm.get(),
@@ -259,6 +261,7 @@ absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const Logi
     RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), rows, config_.hidden_size));
     RW_RETURN_IF_ERROR(backend_.MatMul(logits_local_.get(), picked_.get(), count, *output_, nullptr));
     const std::span<float> part(part_.data(), count * vocab_local);
+    RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
     RW_RETURN_IF_ERROR(backend_.CopyToHost(logits_local_.get(), part));
     std::span<const float> parts = part;
     if (plan_.world_size > 1) {
