@@ -25,9 +25,13 @@ void AddClusterFlags(CLI::App& command, ClusterFlags& flags) {
   command.add_option("--tp", flags.tp, "Ranks of one group: each holds 1/N of the model")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  command.add_option("--device", flags.device, "What the ranks compute on")
+  command
+      .add_option("--device", flags.device,
+                  "What the ranks compute on; auto: a GPU each where there is one, else the CPU")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
+  command.add_flag("--allow-shared-gpu", flags.is_gpu_sharing_allowed,
+                   "Let ranks share a GPU; they then sum by way of the host");
   command.add_option("--threads", flags.threads, "Threads of one rank; 0: this host's CPUs shared out")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
@@ -61,6 +65,7 @@ absl::StatusOr<ClusterOptions> ToClusterOptions(const ClusterFlags& flags) {
   const int threads = flags.threads > 0 ? flags.threads : std::max(1, UsableCpus() / (flags.tp * flags.replicas));
   options.coordinator_flags = {"--log-level", flags.log_level};
   options.worker_flags = {"--device", flags.device, "--threads", absl::StrCat(threads), "--log-level", flags.log_level};
+  if (flags.is_gpu_sharing_allowed) options.worker_flags.push_back("--allow-shared-gpu");
   if (!flags.kv_memory.empty())
     options.worker_flags.insert(options.worker_flags.end(), {"--kv-memory", flags.kv_memory});
   return options;

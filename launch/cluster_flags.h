@@ -14,6 +14,7 @@ struct ClusterFlags {
   int tp = 1;
   int replicas = 1;
   std::string device = "auto";
+  bool is_gpu_sharing_allowed = false;
   int threads = 0;  // of one rank; 0: this host's CPUs shared out
   std::string kv_memory;
   std::string mpirun = "mpirun";

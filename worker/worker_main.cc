@@ -17,7 +17,9 @@
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/calibration.h"
+#include "worker/comm/exchange.h"
 #include "worker/comm/mpi_communicator.h"
+#include "worker/device/device.h"
 #include "worker/engine/engine.h"
 #include "worker/engine/rank.h"
 #include "worker/link/group_session.h"
@@ -30,8 +32,7 @@ constexpr int kExitFailure = 3;        // a lost rank or coordinator: starting a
 
 struct Flags {
   engine::RankOptions rank;
-  kernels::CpuOptions cpu;
-  std::string device = "auto";
+  device::DeviceOptions device;
   std::string kv_memory;
   std::string coordinator;
   std::string coordinator_file;
@@ -53,7 +54,11 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--coordinator", flags.coordinator, "HOST:PORT to join");
   app.add_option("--coordinator-file", flags.coordinator_file,
                  "File that the coordinator's --endpoint-file writes; waits for it to appear");
-  app.add_option("--device", flags.device, "auto, cpu or cuda")->capture_default_str();
+  app.add_option("--device", flags.device.device,
+                 "cpu, cuda, or auto: cuda where there is a GPU for every rank, else cpu")
+      ->capture_default_str();
+  app.add_flag("--allow-shared-gpu", flags.device.is_gpu_sharing_allowed,
+               "Let ranks share a GPU; they then sum by way of the host");
   app.add_option(
          "--kv", flags.rank.kv,
          "KV cache format: f32, f16, int8 (scales per layer and rank), int8-head (and per KV head), "
@@ -72,9 +77,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->capture_default_str();
   app.add_option("--max-waiting", flags.rank.max_waiting, "Sequences that may wait for room")->capture_default_str();
   app.add_flag("--no-prefix-cache", flags.has_no_prefix_cache, "Compute every prompt from its first token");
-  app.add_option("--threads", flags.cpu.threads, "CPU threads of this rank")
+  app.add_option("--threads", flags.device.cpu.threads, "CPU threads of this rank")
       ->default_str("this host's CPUs / ranks on this host");
-  app.add_option("--instruction-set", flags.cpu.instruction_set, "avx2 or avx512; default the best there is");
+  app.add_option("--instruction-set", flags.device.cpu.instruction_set, "avx2 or avx512; default the best there is");
   app.add_option("--observe", flags.observe_dir,
                  "Calibration: keep statistics of K, V and inputs, and write them into this folder when stopped");
   app.add_option("--dataset", flags.samples.dataset, "With --observe: the data's name, kept in the statistics");
@@ -112,16 +117,11 @@ absl::StatusOr<std::string> CoordinatorAddress(const Flags& flags) {
   return text;
 }
 
-absl::StatusOr<std::unique_ptr<kernels::Backend>> MakeBackend(Flags& flags, int ranks_on_host) {
-  if (flags.device == "cuda") return absl::UnimplementedError("--device cuda: this build has no CUDA backend");
-  if (flags.device != "cpu" && flags.device != "auto") {
-    return absl::InvalidArgumentError(absl::StrCat("--device ", flags.device, " is not one of auto, cpu, cuda"));
-  }
+void ShareOutCpus(kernels::CpuOptions& cpu, int ranks_on_host) {
   const auto cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  if (flags.cpu.threads == 0) flags.cpu.threads = std::max(1, cpus / ranks_on_host);
+  if (cpu.threads == 0) cpu.threads = std::max(1, cpus / ranks_on_host);
   // Ranks that share a host would all pin their first thread to the same CPU.
-  flags.cpu.pin_threads = ranks_on_host == 1;
-  return kernels::CreateCpuBackend(flags.cpu);
+  cpu.pin_threads = ranks_on_host == 1;
 }
 
 rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank) {
@@ -181,20 +181,17 @@ absl::Status Lead(const Flags& flags, const engine::Rank& rank, const kernels::B
 }
 
 // A start that failed on all ranks alike exits with kExitConfiguration, a failure while serving with kExitFailure.
-absl::Status Load(Flags& flags, comm::MpiSession& mpi, std::unique_ptr<kernels::Backend>& backend, engine::Rank& rank,
-                  comm::Communicator& communicator, std::string& address) {
+absl::Status Load(const Flags& flags, comm::Communicator& host, device::Device& device, engine::Rank& rank,
+                  std::string& address) {
+  RW_ASSIGN_OR_RETURN(device, device::OpenDevice(flags.device, host));
   absl::Status ready;
-  auto made = MakeBackend(flags, mpi.host_size());
-  ready.Update(made.status());
-  if (ready.ok() && communicator.rank() == 0) {
+  if (host.rank() == 0) {
     auto found = CoordinatorAddress(flags);
-    ready.Update(found.status());
+    ready = found.status();
     if (found.ok()) address = *found;
   }
-  RW_RETURN_IF_ERROR(engine::AgreeOnStatus(ready, communicator,
-                                           flags.rank.collective_timeout + absl::Seconds(flags.reconnect_seconds)));
-  backend = *std::move(made);
-  RW_ASSIGN_OR_RETURN(rank, engine::LoadRank(flags.rank, *backend, communicator));
+  RW_RETURN_IF_ERROR(comm::Agree(ready, host, flags.rank.collective_timeout + absl::Seconds(flags.reconnect_seconds)));
+  RW_ASSIGN_OR_RETURN(rank, engine::LoadRank(flags.rank, *device.backend, device.communicator(host)));
   return absl::OkStatus();
 }
 
@@ -205,35 +202,37 @@ int Run(Flags& flags) {
     return kExitFailure;
   }
   comm::MpiSession& mpi = **session;
-  auto communicator = comm::CreateMpiCommunicator(mpi, absl::Minutes(1));
-  if (!communicator.ok()) {
-    spdlog::error("{}", std::string(communicator.status().message()));
+  auto host = comm::CreateMpiCommunicator(mpi, absl::Minutes(1));
+  if (!host.ok()) {
+    spdlog::error("{}", std::string(host.status().message()));
     mpi.Abort(kExitFailure);
   }
-  std::unique_ptr<kernels::Backend> backend;
+  ShareOutCpus(flags.device.cpu, mpi.host_size());
+  flags.device.mpi_host_rank = mpi.host_rank();
+  flags.device.timeout = flags.rank.collective_timeout;
+  device::Device device;
   engine::Rank rank;
   std::string address;
   const absl::Time begin = absl::Now();
-  const absl::Status loaded = Load(flags, mpi, backend, rank, **communicator, address);
-  if (!loaded.ok()) {
-    if ((*communicator)->rank() == 0)
-      spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
+  const bool is_lead = (*host)->rank() == 0;
+  if (const absl::Status loaded = Load(flags, **host, device, rank, address); !loaded.ok()) {
+    if (is_lead) spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
     return kExitConfiguration;
   }
-  const bool is_lead = (*communicator)->rank() == 0;
+  comm::Communicator& communicator = device.communicator(**host);
   if (is_lead) {
-    spdlog::info("{} ready in {:.1f} s: {}, tp {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
-                 absl::ToDoubleSeconds(absl::Now() - begin), backend->Description(), (*communicator)->size(), rank.kv,
-                 rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
+    spdlog::info("{} ready in {:.1f} s: {}, {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
+                 absl::ToDoubleSeconds(absl::Now() - begin), device.backend->Description(), communicator.Description(),
+                 rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
   }
   const std::function<std::string()> report = [&rank] { return OwnLoad(rank).SerializeAsString(); };
-  absl::Status ended = is_lead ? Lead(flags, rank, *backend, **communicator, address, report)
-                               : engine::Follow(*rank.executor, **communicator, flags.rank.collective_timeout, report);
+  absl::Status ended = is_lead ? Lead(flags, rank, *device.backend, communicator, address, report)
+                               : engine::Follow(*rank.executor, communicator, flags.rank.collective_timeout, report);
   if (ended.ok() && !flags.observe_dir.empty()) {
-    ended = WriteObservations(rank, **communicator, flags.observe_dir, flags.samples, flags.rank.collective_timeout);
+    ended = WriteObservations(rank, communicator, flags.observe_dir, flags.samples, flags.rank.collective_timeout);
   }
   if (!ended.ok()) {
-    spdlog::error("rank {}: {}", (*communicator)->rank(), std::string(ended.message()));
+    spdlog::error("rank {}: {}", communicator.rank(), std::string(ended.message()));
     mpi.Abort(kExitFailure);
   }
   return 0;

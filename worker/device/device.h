@@ -1,0 +1,39 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "kernels/cuda_plugin.h"
+#include "worker/comm/communicator.h"
+
+namespace rankwise::device {
+
+struct DeviceOptions {
+  std::string device = "auto";  // cpu, cuda, or auto: cuda where every rank can, else cpu
+  bool is_gpu_sharing_allowed = false;
+  std::string plugin_folder = kernels::ProgramFolder();
+  int mpi_host_rank = 0;  // this rank's position on its host, as far as MPI knows
+  kernels::CpuOptions cpu;
+  absl::Duration timeout = absl::Seconds(60);  // for each wait for another rank
+};
+
+// What one rank computes on, and how it acts together with the others in that memory.
+struct Device {
+  std::unique_ptr<kernels::Backend> backend;
+  // Over the host's, for memory of the backend; null where the host's own will do. Destroyed before the backend.
+  std::unique_ptr<comm::Communicator> device_communicator;
+
+  comm::Communicator& communicator(comm::Communicator& host) const {
+    return device_communicator == nullptr ? host : *device_communicator;
+  }
+};
+
+// Collective over `host`, which must outlive the device. All ranks get the same kind of device or all an error, which
+// begins with "--device cuda: ". `auto` says why it takes the CPU, in one line of rank 0's log; each rank's log names
+// its GPU.
+absl::StatusOr<Device> OpenDevice(const DeviceOptions& options, comm::Communicator& host);
+
+}  // namespace rankwise::device
