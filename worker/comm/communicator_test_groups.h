@@ -13,6 +13,8 @@ namespace rankwise::comm {
 struct TestGroup {
   std::string kind;
   int size;
+  // Whether an error says which ranks are late, and that counts differ. NCCL knows neither.
+  bool knows_peers = true;
 };
 
 std::vector<TestGroup> TestGroups();

@@ -1,0 +1,147 @@
+#include "worker/comm/nccl_communicator.h"
+
+#include <cuda_runtime_api.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cstring>
+#include <random>
+#include <thread>
+
+#include "tests/nccl_emulation/nccl_emulation.h"
+#include "worker/comm/nccl_sum.h"
+
+// What the communicator suite cannot ask for: errors of NCCL itself, and the sum on its own.
+namespace rankwise::comm {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr absl::Duration kTimeout = absl::Seconds(20);
+constexpr absl::Duration kShort = absl::Milliseconds(200);
+
+struct DeviceFloats {
+  explicit DeviceFloats(int64_t count) {
+    void* memory = nullptr;
+    EXPECT_EQ(cudaMalloc(&memory, count * sizeof(float)), cudaSuccess);
+    values = {static_cast<float*>(memory), static_cast<size_t>(count)};
+  }
+  ~DeviceFloats() { EXPECT_EQ(cudaFree(values.data()), cudaSuccess); }
+  std::span<float> values;
+};
+
+class NcclCommunicatorTest : public testing::Test {
+ protected:
+  void SetUp() override { ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess); }
+  void TearDown() override {
+    EXPECT_EQ(nccl_emulation::LiveCommunicators(), 0);
+    EXPECT_EQ(cudaStreamDestroy(stream_), cudaSuccess);
+    nccl_emulation::FailCall(0, ncclSuccess);
+  }
+
+  // Two ranks; `body` with each one's communicator. What the start returned.
+  std::vector<absl::Status> RunTwo(const std::function<void(Communicator&)>& body, absl::Duration start = kTimeout) {
+    const auto hosts = CreateThreadCommunicators(2);
+    std::vector<absl::Status> started(2);
+    std::vector<std::jthread> threads;
+    for (int rank = 0; rank < 2; ++rank) {
+      threads.emplace_back([&, rank] {
+        const auto group = CreateNcclCommunicator(*hosts[rank], rank, stream_, start);
+        started[rank] = group.status();
+        if (group.ok()) body(**group);
+      });
+    }
+    threads.clear();
+    return started;
+  }
+
+  cudaStream_t stream_ = nullptr;
+};
+
+TEST_F(NcclCommunicatorTest, AnErrorOfNcclIsNamedAndIsEveryLaterCalls) {
+  RunTwo([&](Communicator& group) {
+    DeviceFloats memory(4);
+    ASSERT_EQ(group.Barrier(kTimeout), absl::OkStatus());
+    if (group.rank() == 0) nccl_emulation::FailCall(1, ncclSystemError);
+    ASSERT_EQ(group.Barrier(kTimeout), absl::OkStatus());
+    if (group.rank() == 1) {
+      // Makes its call after the other's has failed, and waits in vain.
+      while (nccl_emulation::LiveCommunicators() == 2) std::this_thread::yield();
+      const absl::Status late = group.AllReduceSum(memory.values, kShort);
+      EXPECT_EQ(late,
+                absl::DeadlineExceededError("rank 1: AllReduceSum: not done within 200ms: a rank did not come, or "
+                                            "a GPU hangs"));
+      return;
+    }
+    const absl::Status failed = group.AllReduceSum(memory.values, kTimeout);
+    EXPECT_EQ(failed, absl::InternalError("rank 0: AllReduceSum: ncclAllGather: unhandled system error"));
+    EXPECT_EQ(group.Wait(kTimeout), failed);
+    EXPECT_EQ(group.AllReduceSum(memory.values, kTimeout), failed);
+    EXPECT_EQ(group.Barrier(kTimeout), failed);
+    EXPECT_EQ(nccl_emulation::LiveCommunicators(), 1);  // aborted at once, not when it is destroyed
+  });
+}
+
+// Calls of the start: two to join, two to register, then the sums of the warm-up.
+TEST_F(NcclCommunicatorTest, AnErrorAtTheStartIsEveryRanks) {
+  for (int call = 1; call <= 10; ++call) {
+    SCOPED_TRACE(call);
+    nccl_emulation::FailCall(call, ncclRemoteError);
+    for (const absl::Status& status : RunTwo([](Communicator&) { FAIL() << "started"; }, kShort)) {
+      EXPECT_FALSE(status.ok());
+      EXPECT_THAT(std::string(status.message()),
+                  testing::AnyOf(HasSubstr("remote process exited"), HasSubstr("not done within 200ms")));
+    }
+  }
+}
+
+TEST_F(NcclCommunicatorTest, DifferentCountsEndAtTheDeadline) {
+  RunTwo([](Communicator& group) {
+    DeviceFloats memory(8);
+    const absl::Status status = group.AllReduceSum(memory.values.first(group.rank() == 0 ? 4 : 8), kShort);
+    EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  });
+}
+
+TEST_F(NcclCommunicatorTest, ALostHostEndsNcclToo) {
+  RunTwo([](Communicator& group) {
+    if (group.rank() == 1) return;
+    const absl::Status status = group.Barrier(kShort);
+    EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+    DeviceFloats memory(4);
+    EXPECT_EQ(group.AllReduceSum(memory.values, kTimeout), status);
+  });
+}
+
+float TreeSum(std::span<const float> parts) {
+  if (parts.size() == 1) return parts[0];
+  const size_t split = std::bit_floor(parts.size() - 1);
+  return TreeSum(parts.first(split)) + TreeSum(parts.subspan(split));
+}
+
+TEST_F(NcclCommunicatorTest, PartsAreAddedInTheOrderOfTheTree) {
+  std::mt19937 random(7);
+  for (const int part_count : {1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 31, 32, 100}) {
+    for (const auto& [stride, count, offset] :
+         std::vector<std::array<int, 3>>{{4, 4, 0}, {1032, 1030, 0}, {1032, 1032, 0}, {7, 7, 0}, {12, 8, 1}}) {
+      SCOPED_TRACE(testing::Message() << part_count << " parts, stride " << stride << ", count " << count);
+      DeviceFloats parts(int64_t{part_count} * stride + offset), sum(count + 2);
+      for (float& value : parts.values)
+        value = std::ldexp(static_cast<float>(random() | 1), static_cast<int>(random() % 32));
+      std::ranges::fill(sum.values, 42.0f);
+      ASSERT_EQ(SumParts(sum.values.data(), parts.values.data() + offset, part_count, stride, count, stream_),
+                cudaSuccess);
+      for (int i = 0; i < count; ++i) {
+        std::vector<float> column;
+        for (int part = 0; part < part_count; ++part) column.push_back(parts.values[offset + part * stride + i]);
+        ASSERT_EQ(sum.values[i], TreeSum(column)) << i;
+      }
+      EXPECT_EQ(sum.values[count], 42.0f);
+      EXPECT_EQ(sum.values[count + 1], 42.0f);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rankwise::comm
