@@ -381,7 +381,7 @@ int Run(Flags& flags, bool is_engine) {
   }
   flags.cpu.pin_threads = mpi.host_size() == 1;
   absl::Status ended;
-  auto communicator = comm::CreateMpiCommunicator(mpi, absl::Minutes(1));
+  auto communicator = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
   auto backend = kernels::CreateCpuBackend(flags.cpu);
   ended.Update(communicator.status());
   ended.Update(backend.status());

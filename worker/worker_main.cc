@@ -202,7 +202,7 @@ int Run(Flags& flags) {
     return kExitFailure;
   }
   comm::MpiSession& mpi = **session;
-  auto host = comm::CreateMpiCommunicator(mpi, absl::Minutes(1));
+  auto host = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
   if (!host.ok()) {
     spdlog::error("{}", std::string(host.status().message()));
     mpi.Abort(kExitFailure);

@@ -49,30 +49,39 @@ std::vector<double> Time(int rounds, const std::function<void()>& call) {
   return samples;
 }
 
-// The two take turns in blocks, so that what else the machine does hits both alike.
-void CompareAllReduce(Communicator& group) {
-  if (group.rank() == 0) {
-    std::printf("%-22s %10s %10s   %10s %10s  [us]\n", "all-reduce sum", "p50", "p99", "MPI p50", "MPI p99");
+// They take turns in blocks, so that what else the machine does hits all alike.
+void CompareAllReduce(const std::vector<Communicator*>& groups) {
+  const bool is_lead = groups[0]->rank() == 0;
+  if (is_lead) {
+    std::printf("%-22s", "all-reduce sum [us]");
+    for (const Communicator* group : groups) std::printf(" %22s p99", group->Description().c_str());
+    std::printf(" %22s p99\n", "MPI_Allreduce");
   }
   for (const int64_t bytes : {8, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20}) {
     const int64_t count = bytes / static_cast<int64_t>(sizeof(float));
     std::vector<float> values(count, 0.0f);
-    std::vector<double> ours;
-    std::vector<double> theirs;
+    std::vector<std::function<void()>> calls;
+    for (Communicator* group : groups) {
+      calls.emplace_back([&values, group] { Must(group->AllReduceSum(values, kTimeout)); });
+    }
+    calls.emplace_back([&values] {
+      MPI_Allreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    });
+    std::vector<std::vector<double>> samples(calls.size());
     const int rounds = bytes <= (16 << 10) ? 1000 : bytes <= (256 << 10) ? 200 : 20;
     for (int block = 0; block < 5; ++block) {
-      const auto ours_now = Time(rounds, [&] { Must(group.AllReduceSum(values, kTimeout)); });
-      const auto theirs_now = Time(rounds, [&] {
-        MPI_Allreduce(MPI_IN_PLACE, values.data(), static_cast<int>(count), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
-      });
-      ours.insert(ours.end(), ours_now.begin(), ours_now.end());
-      theirs.insert(theirs.end(), theirs_now.begin(), theirs_now.end());
+      for (size_t i = 0; i < calls.size(); ++i) {
+        const std::vector<double> now = Time(rounds, calls[i]);
+        samples[i].insert(samples[i].end(), now.begin(), now.end());
+      }
     }
-    const Percentiles a = PercentilesOf(ours);
-    const Percentiles b = PercentilesOf(theirs);
-    if (group.rank() == 0) {
-      std::printf("%19ld B  %10.1f %10.1f   %10.1f %10.1f\n", static_cast<long>(bytes), a.p50, a.p99, b.p50, b.p99);
+    if (!is_lead) continue;
+    std::printf("%20ld B", static_cast<long>(bytes));
+    for (const std::vector<double>& of_one : samples) {
+      const Percentiles p = PercentilesOf(of_one);
+      std::printf(" %14.1f %11.1f", p.p50, p.p99);
     }
+    std::printf("\n");
   }
 }
 
@@ -130,14 +139,18 @@ void MeasureIdle(Communicator& group, absl::Duration idle) {
 int Run() {
   auto session = MpiSession::Start();
   Must(session.status());
-  auto group = CreateMpiCommunicator(**session, kTimeout);
+  auto mpi = CreateMpiCommunicator(**session, kTimeout);
+  Must(mpi.status());
+  auto group = CreateGroupCommunicator(**session, kTimeout);
   Must(group.status());
-  if ((*group)->rank() == 0) std::printf("%s\n", (*group)->Description().c_str());
-  CompareAllReduce(**group);
-  if ((*session)->host_size() == (*session)->size()) {
-    for (const int milliseconds : {0, 1, 5, 20}) MeasureWakeUp(**group, absl::Milliseconds(milliseconds));
+  CompareAllReduce({group->get(), mpi->get()});
+  for (Communicator* each : {group->get(), mpi->get()}) {
+    if (each->rank() == 0) std::printf("%s\n", each->Description().c_str());
+    if ((*session)->host_size() == (*session)->size()) {
+      for (const int milliseconds : {0, 1, 5, 20}) MeasureWakeUp(*each, absl::Milliseconds(milliseconds));
+    }
+    MeasureIdle(*each, absl::Seconds(2));
   }
-  MeasureIdle(**group, absl::Seconds(2));
   return EXIT_SUCCESS;
 }
 

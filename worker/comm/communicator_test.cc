@@ -28,7 +28,9 @@ class CommunicatorTest : public testing::TestWithParam<TestGroup> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Groups, CommunicatorTest, testing::ValuesIn(TestGroups()), [](const auto& group) {
-  return group.param.size == 0 ? group.param.kind : absl::StrCat(group.param.kind, group.param.size);
+  std::string kind = group.param.kind;
+  std::erase(kind, ' ');
+  return group.param.size == 0 ? kind : absl::StrCat(kind, group.param.size);
 });
 
 // Magnitudes from 2^-16 to 2^16, so that another order of additions gives other bits.

@@ -17,6 +17,7 @@
 #include "worker/comm/pacer.h"
 #include "worker/comm/packet.h"
 #include "worker/comm/preconditions.h"
+#include "worker/comm/shared_memory_communicator.h"
 #include "worker/comm/sum.h"
 
 namespace rankwise::comm {
@@ -455,6 +456,17 @@ absl::StatusOr<std::unique_ptr<Communicator>> CreateMpiCommunicator(const MpiSes
   }
   MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
   return std::make_unique<MpiCommunicator>(comm, session.rank(), session.size());
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> CreateGroupCommunicator(const MpiSession& session,
+                                                                      absl::Duration timeout) {
+  RW_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> mpi, CreateMpiCommunicator(session, timeout));
+  if (session.host_size() != session.size() || session.size() == 1) return mpi;
+  absl::StatusOr<std::unique_ptr<Communicator>> shared = CreateSharedMemoryCommunicator(*mpi, timeout);
+  if (shared.ok()) return shared;
+  if (absl::IsDeadlineExceeded(shared.status())) return shared.status();
+  if (session.rank() == 0) spdlog::warn("no shared memory, so MPI: {}", std::string(shared.status().message()));
+  return mpi;
 }
 
 }  // namespace rankwise::comm

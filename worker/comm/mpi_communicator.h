@@ -45,4 +45,8 @@ class MpiSession {
 // all: keep that memory, and end the process with MpiSession::Abort.
 absl::StatusOr<std::unique_ptr<Communicator>> CreateMpiCommunicator(const MpiSession& session, absl::Duration timeout);
 
+// What a group should use: shared memory where all ranks are of one host and can have it, else MPI.
+absl::StatusOr<std::unique_ptr<Communicator>> CreateGroupCommunicator(const MpiSession& session,
+                                                                      absl::Duration timeout);
+
 }  // namespace rankwise::comm

@@ -239,6 +239,7 @@ absl::Status Decoder::Observe(const float* x, int32_t row_count, std::vector<dou
   if (input_observations_.empty()) return absl::OkStatus();
   std::vector<double>& sum = input_observations_[layer].*sums;
   std::vector<float> host(row_count * sum.size());
+  RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
   RW_RETURN_IF_ERROR(backend_.CopyToHost(x, host));
   for (int32_t row = 0; row < row_count; ++row) {
     const float* from = &host[row * sum.size()];
