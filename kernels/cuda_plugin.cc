@@ -70,4 +70,10 @@ absl::StatusOr<const CudaPlugin*> OpenCudaPlugin(const std::string& folder) {
   return static_cast<const CudaPlugin*>(table);
 }
 
+absl::StatusOr<MachineLimits> MeasureCudaLimits(const std::string& folder, int gpu) {
+  RW_ASSIGN_OR_RETURN(const void* table,
+                      OpenPlugin(folder, kCudaLimitsPluginFile, kCudaLimitsPluginSymbol, "measure of a GPU's limits"));
+  return static_cast<const CudaLimitsPlugin*>(table)->measure(gpu);
+}
+
 }  // namespace rankwise::kernels

@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/machine_limits.h"
 
 // The CUDA backend lies in a library of its own, opened only when it is wanted: cuBLASLt alone would cost every process
 // 200 MB and up to two seconds.
@@ -34,6 +35,13 @@ struct CudaPlugin {
 };
 inline constexpr char kCudaPluginFile[] = "librankwise_cuda.so";
 inline constexpr char kCudaPluginSymbol[] = "rankwise_cuda_plugin";
+
+struct CudaLimitsPlugin {
+  const char* build = nullptr;
+  absl::StatusOr<MachineLimits> (*measure)(int gpu) = nullptr;
+};
+inline constexpr char kCudaLimitsPluginFile[] = "librankwise_cuda_limits.so";
+inline constexpr char kCudaLimitsPluginSymbol[] = "rankwise_cuda_limits_plugin";
 
 // Names the interfaces that program and plug-in share: both must have been built from the same ones.
 const char* CudaPluginBuild();

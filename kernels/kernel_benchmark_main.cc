@@ -1,149 +1,311 @@
-// How near the CPU kernels come to this machine's limits, which are measured just before.
-//   rankwise-kernel-bench [threads] [avx2|avx512]
+// How near the kernels come to the device's limits, which are measured in the same run.
+
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
+#include <functional>
 #include <numeric>
+#include <optional>
+#include <string>
 #include <vector>
 
+#include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/status_macros.h"
 #include "kernels/backend.h"
+#include "kernels/cuda_plugin.h"
 #include "kernels/machine_limits.h"
 
 namespace rankwise::kernels {
 namespace {
 
 constexpr int kRepeats = 9;
+constexpr const char* kFormatNames[kKvFormatCount] = {"f32", "f16", "int8", "int8-online", "int4-online"};
 
-// Deterministic, in [-0.5, 0.5], as f16 bits or f32.
-uint32_t NextHash(uint32_t& state) { return state = state * 1664525u + 1013904223u; }
-float NextFloat(uint32_t& state) { return static_cast<float>(NextHash(state) >> 8) * 0x1p-24f - 0.5f; }
-
-template <typename Body>
-double MedianSeconds(Body&& body) {
-  std::vector<double> seconds;
-  body(0);
-  for (int i = 1; i <= kRepeats; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    body(i);
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
-  return seconds[kRepeats / 2];
+void Must(const absl::Status& status) { RW_CHECK(status.ok(), status.ToString()); }
+template <typename T>
+T Must(absl::StatusOr<T> result) {
+  Must(result.status());
+  return *std::move(result);
 }
 
-struct Bench {
-  int threads;
-  Backend& backend;
+// Deterministic, in [-0.5, 0.5].
+uint32_t NextHash(uint32_t& state) { return state = state * 1664525u + 1013904223u; }
+std::vector<float> RandomFloats(int64_t count) {
+  uint32_t state = 2;
+  std::vector<float> values(count);
+  for (float& value : values) value = static_cast<float>(NextHash(state) >> 8) * 0x1p-24f - 0.5f;
+  return values;
+}
 
-  void Print(const char* what, double seconds, double bytes, double flops) const {
-    const MachineLimits limits = MeasureMachineLimits(threads);
-    std::printf("%-40s %9.3f ms %7.2f GB/s (%3.0f %% of %6.2f) %8.1f GFLOP/s (%3.0f %% of %6.1f)\n", what,
-                seconds * 1e3, bytes / seconds / 1e9, 100 * bytes / seconds / limits.read_bytes_per_second,
-                limits.read_bytes_per_second / 1e9, flops / seconds / 1e9,
-                100 * flops / seconds / limits.fma_flops_per_second, limits.fma_flops_per_second / 1e9);
+struct ModelShape {
+  int n_heads, n_kv_heads, head_dim;
+};
+
+struct Bench {
+  Backend& backend;
+  std::function<MachineLimits()> limits;
+
+  Backend::Floats Upload(std::span<const float> host) const {
+    Backend::Floats device = Must(backend.Allocate(std::ssize(host)));
+    Must(backend.CopyToDevice(host, device.get()));
+    return device;
   }
 
-  // f16 weights [5632, 2048] as in a 1.1B model's FFN, twelve of them (277 MB) in turn so that no cache holds them.
-  void MatMuls() const {
-    constexpr int64_t kOut = 5632, kIn = 2048, kMatrices = 12, kMaxRows = 512;
+  // Median seconds of one of the `count` ops that `issue` gives the backend, which may return before they are done:
+  // a copy of one float from `result` waits for all.
+  double SecondsOfOne(int count, const float* result, const std::function<void()>& issue) const {
+    std::vector<double> seconds;
+    for (int i = 0; i <= kRepeats; ++i) {
+      float waited = 0;
+      Must(backend.CopyToHost(result, {&waited, 1}));
+      const auto begin = std::chrono::steady_clock::now();
+      issue();
+      Must(backend.CopyToHost(result, {&waited, 1}));
+      if (i > 0) seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    }
+    std::ranges::nth_element(seconds, seconds.begin() + kRepeats / 2);
+    return seconds[kRepeats / 2] / count;
+  }
+
+  void Print(const std::string& what, double seconds, double bytes, double flops) const {
+    const MachineLimits limit = limits();
+    std::printf("%-46s %9.3f ms %8.2f GB/s (%3.0f %% of %7.2f) %9.1f GFLOP/s (%3.0f %% of %8.1f)\n", what.c_str(),
+                seconds * 1e3, bytes / seconds / 1e9, 100 * bytes / seconds / limit.read_bytes_per_second,
+                limit.read_bytes_per_second / 1e9, flops / seconds / 1e9,
+                100 * flops / seconds / limit.fma_flops_per_second, limit.fma_flops_per_second / 1e9);
+    std::fflush(stdout);
+  }
+
+  // Copies enough of one matrix that no cache holds them are read in turn.
+  void MatMuls(const std::string& dtype, const MatrixView& view, const SumTree& tree, int64_t total_bytes,
+               const std::vector<int64_t>& row_counts) const {
+    const int64_t n_out = view.rows, n_in = view.cols;
+    std::vector<std::unique_ptr<PackedMatrix>> matrices;
+    do {
+      const SumTree one{{0, n_in}};
+      matrices.push_back(Must(backend.Pack({&view, 1}, matrices.size() % 2 ? tree : one)));
+    } while (static_cast<int64_t>(matrices.size()) * matrices[0]->bytes() < total_bytes);
+    const int64_t largest = *std::ranges::max_element(row_counts);
+    const Backend::Floats x = Upload(RandomFloats(largest * n_in));
+    const Backend::Floats y = Must(backend.Allocate(largest * n_out));
+    size_t next = 0;
+    for (const int64_t rows : row_counts) {
+      const int count = rows > 64 ? 2 : static_cast<int>(matrices.size());
+      const double seconds = SecondsOfOne(count, y.get(), [&] {
+        for (int i = 0; i < count; ++i) {
+          Must(backend.MatMul(y.get(), x.get(), rows, *matrices[next++ % matrices.size()], nullptr));
+        }
+      });
+      const double activations = static_cast<double>(rows * (n_in + n_out)) * sizeof(float);
+      Print(absl::StrFormat("matmul %s %dx%d, %d rows", dtype, n_out, n_in, rows), seconds,
+            static_cast<double>(matrices[0]->bytes()) + (rows > 64 ? activations : 0),
+            2.0 * static_cast<double>(n_out * n_in * rows));
+    }
+  }
+
+  void MatMulsF16(int64_t n_out, int64_t n_in, int64_t total_bytes, const std::vector<int64_t>& row_counts) const {
     uint32_t state = 1;
-    std::vector<uint16_t> values(kOut * kIn);
+    std::vector<uint16_t> values(n_out * n_in);
     // Sign and mantissa at random, exponents of 2^-4 and 2^-3.
     for (uint16_t& v : values) v = static_cast<uint16_t>(((NextHash(state) >> 16) & 0x87ff) | 0x2c00);
-    const MatrixView view{reinterpret_cast<const std::byte*>(values.data()), DType::kF16, kOut, kIn, kIn};
     SumTree tree;
-    for (int c = 0; c <= 8; ++c) tree.boundaries.push_back(kIn * c / 8);
-    std::vector<std::unique_ptr<PackedMatrix>> matrices;
-    for (int64_t i = 0; i < kMatrices; ++i) {
-      const SumTree one{{0, kIn}};
-      matrices.push_back(std::move(backend.Pack({&view, 1}, i % 2 ? tree : one)).value());
-    }
-    std::vector<float> x(kMaxRows * kIn), y(kMaxRows * kOut);
-    for (float& v : x) v = NextFloat(state);
-    for (int64_t rows : {1, 2, 4, 8, 16, 32, 512}) {
-      const int64_t passes = rows > 64 ? 1 : kMatrices;
-      const double seconds =
-          MedianSeconds([&](int repeat) {
-            for (int64_t i = 0; i < passes; ++i) {
-              RW_CHECK(backend.MatMul(y.data(), x.data(), rows, *matrices[(repeat + i) % kMatrices], nullptr).ok());
-            }
-          }) /
-          static_cast<double>(passes);
-      char what[64];
-      std::snprintf(what, sizeof(what), "matmul f16 5632x2048, %d rows", static_cast<int>(rows));
-      Print(what, seconds, static_cast<double>(matrices[0]->bytes()), 2.0 * kOut * kIn * static_cast<double>(rows));
-    }
+    for (int c = 0; c <= 8; ++c) tree.boundaries.push_back(n_in * c / 8);
+    MatMuls("f16", {reinterpret_cast<const std::byte*>(values.data()), DType::kF16, n_out, n_in, n_in}, tree,
+            total_bytes, row_counts);
   }
 
-  // One new token of each of `requests`, 32 heads over 4 KV heads of 64, 16 layers in turn.
-  void DecodeAttention(KvFormat format, int32_t context, int32_t requests) const {
-    constexpr int kLayers = 16;
-    const AttentionShape shape{.n_heads_local = 32, .n_kv_heads_local = 4, .head_dim = 64, .score_scale = 0.125f};
+  void MatMulsGrouped(int bits, int64_t n_out, int64_t n_in, int64_t total_bytes,
+                      const std::vector<int64_t>& row_counts) const {
+    constexpr int64_t kGroup = 128;
+    uint32_t state = 3;
+    std::vector<uint32_t> weights(n_in * n_out * bits / 32), zeros(n_in / kGroup * n_out * bits / 32);
+    std::vector<uint16_t> scales(n_in / kGroup * n_out, 0x1c00);  // 2^-8
+    for (uint32_t& word : weights) word = NextHash(state);
+    for (uint32_t& word : zeros) word = NextHash(state);
+    const GroupedMatrix grouped{.qweight = reinterpret_cast<const std::byte*>(weights.data()),
+                                .qzeros = reinterpret_cast<const std::byte*>(zeros.data()),
+                                .scales = reinterpret_cast<const std::byte*>(scales.data()),
+                                .n_out = n_out,
+                                .n_in = n_in,
+                                .bits = bits,
+                                .group_size = kGroup};
+    const MatrixView view{
+        .dtype = bits == 4 ? DType::kInt4 : DType::kInt8, .rows = n_out, .cols = n_in, .grouped = &grouped};
+    MatMuls(bits == 4 ? "int4" : "int8", view, {{0, n_in}}, total_bytes, row_counts);
+  }
+
+  // A pool of `layers` layers whose cache holds `context` tokens of each of `requests` requests.
+  struct Filled {
+    AttentionShape shape;
+    std::unique_ptr<KvPool> pool;
+    std::vector<int32_t> blocks;
+    std::vector<std::span<const int32_t>> tables;  // [requests]
+    Backend::Floats qkv;                           // of at least as many rows as there are requests
+  };
+  static constexpr int32_t kFillRows = 2048;
+
+  Filled Fill(const ModelShape& model, KvFormat format, int layers, int32_t context, int32_t requests) const {
+    Filled filled{.shape = {.n_heads_local = model.n_heads,
+                            .n_kv_heads_local = model.n_kv_heads,
+                            .head_dim = model.head_dim,
+                            .score_scale = 0.125f},
+                  .qkv = {nullptr, nullptr}};
     const int32_t blocks_each = context / kKvBlockTokens;
-    auto pool =
-        std::move(backend.CreateKvPool({.n_layers = kLayers, .n_kv_heads_local = 4, .head_dim = 64, .format = format},
-                                       blocks_each * requests))
-            .value();
+    filled.pool = Must(backend.CreateKvPool(
+        {.n_layers = layers, .n_kv_heads_local = model.n_kv_heads, .head_dim = model.head_dim, .format = format},
+        blocks_each * requests));
     if (format == KvFormat::kInt8) {
-      RW_CHECK(backend.SetKvScales(*pool, std::vector<KvChannelScales>(kLayers * 4 * 64, {0.004f, 0, 0.004f, 0})).ok());
+      Must(backend.SetKvScales(*filled.pool, std::vector<KvChannelScales>(layers * model.n_kv_heads * model.head_dim,
+                                                                          {0.004f, 0, 0.004f, 0})));
     }
-    std::vector<int32_t> blocks(blocks_each * requests);
-    std::iota(blocks.begin(), blocks.end(), 0);
-    std::vector<std::span<const int32_t>> tables;
-    std::vector<int32_t> tokens(requests), row_begin(requests + 1), first(requests, context - 1);
-    std::iota(row_begin.begin(), row_begin.end(), 0);
-    for (int32_t r = 0; r < requests; ++r) tables.push_back(std::span(blocks).subspan(r * blocks_each, blocks_each));
-    constexpr int64_t kWidth = (32 + 8) * 64;
-    std::vector<float> qkv(context * kWidth), out(requests * 32 * 64);
-    uint32_t state = 2;
-    for (float& v : qkv) v = NextFloat(state);
-    const std::vector<int32_t> fill_tokens(context), fill_begin = {0, context}, zero = {0};
+    filled.blocks.resize(blocks_each * requests);
+    std::iota(filled.blocks.begin(), filled.blocks.end(), 0);
     for (int32_t r = 0; r < requests; ++r) {
-      RW_CHECK(backend.BeginStep({fill_tokens, fill_begin, zero, std::span(tables).subspan(r, 1)}).ok());
-      for (int layer = 0; layer < kLayers; ++layer) {
-        RW_CHECK(backend.RopeAppend(qkv.data(), shape, RopeTable{}, nullptr, nullptr, 0, *pool, layer, nullptr).ok());
+      filled.tables.push_back(std::span(filled.blocks).subspan(r * blocks_each, blocks_each));
+    }
+    const int64_t width = (model.n_heads + 2 * model.n_kv_heads) * int64_t{model.head_dim};
+    const int32_t rows = std::min(context, kFillRows);
+    filled.qkv = Upload(RandomFloats(std::max(rows, requests) * width));
+    const std::vector<int32_t> tokens(rows), row_begin = {0, rows};
+    for (int32_t r = 0; r < requests; ++r) {
+      for (int32_t position = 0; position + rows <= context; position += rows) {
+        Must(backend.BeginStep({tokens, row_begin, std::span(&position, 1), std::span(filled.tables).subspan(r, 1)}));
+        for (int layer = 0; layer < layers; ++layer) {
+          Must(backend.RopeAppend(filled.qkv.get(), filled.shape, RopeTable{}, nullptr, nullptr, 0, *filled.pool, layer,
+                                  nullptr));
+        }
       }
     }
-    RW_CHECK(backend.BeginStep({tokens, row_begin, first, tables}).ok());
-    const double seconds = MedianSeconds([&](int) {
-                             for (int layer = 0; layer < kLayers; ++layer) {
-                               RW_CHECK(backend.Attention(out.data(), qkv.data(), shape, *pool, layer).ok());
-                             }
-                           }) /
-                           kLayers;
-    const double tokens_read = static_cast<double>(context) * requests;
-    constexpr const char* kNames[kKvFormatCount] = {"f32", "f16", "int8", "int8-online", "int4-online"};
-    char what[64];
-    std::snprintf(what, sizeof(what), "attention %s, context %d x %d", kNames[static_cast<int>(format)], context,
-                  requests);
-    Print(what, seconds, tokens_read * 2 * 4 * static_cast<double>(KvVectorBytes(format, 64)),
-          tokens_read * 2 * 2 * 32 * 64);
+    return filled;
+  }
+
+  // One new token of each of `requests`; as many layers in turn as no cache holds, 16 at most.
+  void DecodeAttention(const ModelShape& model, KvFormat format, int32_t context, int32_t requests,
+                       int64_t total_bytes) const {
+    const double bytes = static_cast<double>(context) * requests * 2 * model.n_kv_heads *
+                         static_cast<double>(KvVectorBytes(format, model.head_dim));
+    const int layers = std::clamp(static_cast<int>(static_cast<double>(total_bytes) / bytes), 1, 16);
+    const Filled filled = Fill(model, format, layers, context, requests);
+    const std::vector<int32_t> tokens(requests), first(requests, context - 1);
+    std::vector<int32_t> row_begin(requests + 1);
+    std::iota(row_begin.begin(), row_begin.end(), 0);
+    Must(backend.BeginStep({tokens, row_begin, first, filled.tables}));
+    const int64_t width = int64_t{model.n_heads} * model.head_dim;
+    const Backend::Floats out = Must(backend.Allocate(requests * width));
+    const int rounds = 16 / layers;
+    const double seconds = SecondsOfOne(rounds * layers, out.get(), [&] {
+      for (int i = 0; i < rounds * layers; ++i) {
+        Must(backend.Attention(out.get(), filled.qkv.get(), filled.shape, *filled.pool, i % layers));
+      }
+    });
+    Print(absl::StrFormat("attention %s, %d:%d heads of %d, %d x %d", kFormatNames[static_cast<int>(format)],
+                          model.n_heads, model.n_kv_heads, model.head_dim, requests, context),
+          seconds, bytes, 4.0 * context * requests * static_cast<double>(width));
+  }
+
+  // The last `rows` tokens of a context, which attend all before them.
+  void PrefillAttention(const ModelShape& model, KvFormat format, int32_t context, int32_t rows) const {
+    const Filled filled = Fill(model, format, 1, context, 1);
+    const std::vector<int32_t> tokens(rows), row_begin = {0, rows}, first = {context - rows};
+    Must(backend.BeginStep({tokens, row_begin, first, filled.tables}));
+    const int64_t width = int64_t{model.n_heads} * model.head_dim;
+    const Backend::Floats out = Must(backend.Allocate(rows * width));
+    constexpr int kRounds = 4;
+    const double seconds = SecondsOfOne(kRounds, out.get(), [&] {
+      for (int i = 0; i < kRounds; ++i) {
+        Must(backend.Attention(out.get(), filled.qkv.get(), filled.shape, *filled.pool, 0));
+      }
+    });
+    const double pairs = static_cast<double>(rows) * (context - 0.5 * (rows - 1));
+    Print(absl::StrFormat("attention %s, %d:%d heads of %d, rows %d of %d", kFormatNames[static_cast<int>(format)],
+                          model.n_heads, model.n_kv_heads, model.head_dim, rows, context),
+          seconds,
+          static_cast<double>(context) * 2 * model.n_kv_heads *
+              static_cast<double>(KvVectorBytes(format, model.head_dim)),
+          4.0 * pairs * static_cast<double>(width));
   }
 };
 
-int Main(int argc, char** argv) {
-  CpuOptions options;
-  if (argc > 1) options.threads = std::atoi(argv[1]);
-  if (argc > 2) options.instruction_set = argv[2];
-  auto backend = CreateCpuBackend(options);
-  if (!backend.ok()) {
-    std::fprintf(stderr, "rankwise-kernel-bench: %s\n", std::string(backend.status().message()).c_str());
-    return 1;
+struct Flags {
+  std::string device = "cpu";
+  CpuOptions cpu;
+  int gpu = 0;
+};
+
+// A model of 1.1 billion parameters, and matrices of together 277 MB.
+void RunCpu(const Bench& bench) {
+  bench.MatMulsF16(5632, 2048, int64_t{270} << 20, {1, 2, 4, 8, 16, 32, 512});
+  constexpr ModelShape kModel{.n_heads = 32, .n_kv_heads = 4, .head_dim = 64};
+  for (const KvFormat format : {KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online, KvFormat::kInt4Online}) {
+    for (const auto& [context, requests] : {std::pair{2048, 1}, {8192, 1}, {2048, 8}}) {
+      bench.DecodeAttention(kModel, format, context, requests, int64_t{1} << 40);
+    }
   }
-  std::printf("%s; medians of %d\n", (*backend)->Description().c_str(), kRepeats);
-  const Bench bench{options.threads, **backend};
-  bench.MatMuls();
-  for (KvFormat format : {KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online, KvFormat::kInt4Online}) {
-    for (int32_t context : {2048, 8192}) bench.DecodeAttention(format, context, 1);
-    bench.DecodeAttention(format, 2048, 8);
+}
+
+// LLaMA-7B, and its like with 8 KV heads; what is read in turn is many times a GPU's second-level cache.
+void RunCuda(const Bench& bench, const Gpu& gpu) {
+  constexpr int64_t kUncached = int64_t{1} << 30;
+  const std::vector<int64_t> rows = {1, 8, 64, 2048};
+  for (const auto& [n_out, n_in] : {std::pair{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}}) {
+    bench.MatMulsF16(n_out, n_in, kUncached, rows);
+    bench.MatMulsGrouped(4, n_out, n_in, kUncached / 4, rows);
   }
-  return 0;
+  bench.MatMulsGrouped(8, 22016, 4096, kUncached, rows);
+  for (const int n_kv_heads : {32, 8}) {
+    const ModelShape model{.n_heads = 32, .n_kv_heads = n_kv_heads, .head_dim = 128};
+    for (const KvFormat format : {KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online, KvFormat::kInt4Online}) {
+      for (const int32_t context : {2048, 32768}) {
+        for (const int32_t requests : {1, 8, 64}) {
+          const double bytes = static_cast<double>(context) * requests * 2 * n_kv_heads *
+                               static_cast<double>(KvVectorBytes(format, 128));
+          if (bytes > 0.8 * static_cast<double>(gpu.memory_bytes)) continue;
+          bench.DecodeAttention(model, format, context, requests, kUncached);
+        }
+      }
+    }
+    for (const KvFormat format : {KvFormat::kF16, KvFormat::kInt8}) bench.PrefillAttention(model, format, 2048, 2048);
+  }
+}
+
+absl::Status Run(const Flags& flags) {
+  if (flags.device == "cpu") {
+    RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, CreateCpuBackend(flags.cpu));
+    std::printf("%s; medians of %d\n", backend->Description().c_str(), kRepeats);
+    // Measured for every line: other work of the machine hits both.
+    RunCpu({*backend, [&] { return MeasureMachineLimits(flags.cpu.threads); }});
+    return absl::OkStatus();
+  }
+  RW_ASSIGN_OR_RETURN(const CudaPlugin* plugin, OpenCudaPlugin(ProgramFolder()));
+  RW_ASSIGN_OR_RETURN(const std::vector<Gpu> gpus, plugin->list_gpus());
+  if (flags.gpu < 0 || flags.gpu >= static_cast<int>(gpus.size())) {
+    return absl::InvalidArgumentError(absl::StrFormat("--gpu %d, but there are %d", flags.gpu, gpus.size()));
+  }
+  RW_ASSIGN_OR_RETURN(const MachineLimits limits, MeasureCudaLimits(ProgramFolder(), flags.gpu));
+  RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, plugin->create_backend(flags.gpu));
+  std::printf("%s; %s; medians of %d; limits: a copy of 2 GiB, a bf16 matmul of 8192 cubed\n",
+              Describe(gpus[flags.gpu]).c_str(), backend->Description().c_str(), kRepeats);
+  RunCuda({*backend, [&] { return limits; }}, gpus[flags.gpu]);
+  return absl::OkStatus();
 }
 
 }  // namespace
 }  // namespace rankwise::kernels
 
-int main(int argc, char** argv) { return rankwise::kernels::Main(argc, argv); }
+int main(int argc, char** argv) {
+  rankwise::kernels::Flags flags;
+  CLI::App app("rankwise-kernel-bench: the kernels against the limits of their device");
+  app.add_option("--device", flags.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+  app.add_option("--threads", flags.cpu.threads, "Of the CPU; 0: as many as this process may use")
+      ->capture_default_str();
+  app.add_option("--instruction-set", flags.cpu.instruction_set, "Of the CPU: avx2 or avx512");
+  app.add_option("--gpu", flags.gpu, "Which one, among those this process may use")->capture_default_str();
+  CLI11_PARSE(app, argc, argv);
+  const absl::Status status = rankwise::kernels::Run(flags);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "rankwise-kernel-bench: --device %s: %s\n", flags.device.c_str(),
+               std::string(status.message()).c_str());
+  return 2;
+}

@@ -1,5 +1,9 @@
 #pragma once
 
+#include <string>
+
+#include "absl/status/statusor.h"
+
 namespace rankwise::kernels {
 
 // What this machine can do at best, as a ceiling for every measured number.
@@ -11,5 +15,10 @@ struct MachineLimits {
 // Medians over about a second with `threads` threads (0: the CPUs this process may run on). Zeros where the CPU has no
 // AVX2.
 MachineLimits MeasureMachineLimits(int threads);
+
+// Of GPU `gpu`: the bytes read and written per second by a copy of 2 GiB within it, and the rate of a bf16 matmul
+// [8192, 8192] x [8192, 8192] with f32 sums. Medians over a second, in a plug-in of its own, librankwise_cuda_limits.so
+// in `folder`, which alone links cuBLASLt.
+absl::StatusOr<MachineLimits> MeasureCudaLimits(const std::string& folder, int gpu);
 
 }  // namespace rankwise::kernels
