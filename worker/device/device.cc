@@ -51,6 +51,7 @@ absl::StatusOr<Device> OpenCuda(const DeviceOptions& options, comm::Communicator
   absl::StatusOr<std::unique_ptr<kernels::Backend>> backend = own->plugin->create_backend(own->gpu.index);
   RW_RETURN_IF_ERROR(Agree(backend.status(), host, options.timeout));
   device.backend = *std::move(backend);
+  device.gpu = own->gpu.index;
   spdlog::info("rank {}: {} (of {} visible)", host.rank(), kernels::Describe(own->gpu), own->visible_count);
   if (host.size() == 1) return device;
   if (HasSharedGpu(uuids)) {

@@ -22,6 +22,7 @@ struct DeviceOptions {
 
 // What one rank computes on, and how it acts together with the others in that memory.
 struct Device {
+  int gpu = -1;  // its index among those this process may use; -1: the CPU
   std::unique_ptr<kernels::Backend> backend;
   // Over the host's, for memory of the backend; null where the host's own will do. Destroyed before the backend.
   std::unique_ptr<comm::Communicator> device_communicator;
