@@ -26,6 +26,9 @@ class Communicator {
   virtual int size() const = 0;
   virtual std::string Description() const = 0;  // "mpi, 2 ranks"
 
+  // What the calls that follow belong to: for the words of whoever watches. Not collective.
+  virtual void EnterStep(uint64_t /*step*/) {}
+
   // values [count] of every rank become their sum over ranks. Order of the additions, element by element: the sum of n
   // > 1 ranks is the sum of the first p plus the sum of the others, with p the largest power of two below n. So 2, 4, 8
   // ranks make a balanced binary tree, ((r0 + r1) + (r2 + r3)) + ..., and 5, 6, 7 the one of 8 in which a subtree

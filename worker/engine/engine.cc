@@ -66,6 +66,7 @@ void Engine::Cancel(SequenceId id) {
 
 absl::Status Engine::Broadcast(StepPlan& plan) {
   plan.step = ++next_step_;
+  communicator_.EnterStep(plan.step);
   if (communicator_.size() == 1) return absl::OkStatus();
   std::string bytes = EncodeStepPlan(plan);
   return communicator_.Broadcast(bytes, collective_timeout_);
@@ -188,6 +189,7 @@ absl::Status Follow(Executor& executor, comm::Communicator& communicator, absl::
       return absl::DataLossError(
           absl::StrCat("rank ", communicator.rank(), " got step ", plan.step, " instead of ", expected_step));
     }
+    communicator.EnterStep(plan.step);
     switch (plan.kind) {
       case StepKind::kRun:
         RW_RETURN_IF_ERROR(executor.Execute(plan, [](int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }));

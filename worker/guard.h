@@ -1,0 +1,31 @@
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "worker/comm/group_watch.h"
+
+namespace rankwise {
+
+// A small child process that kills this one when it stands still: a stopped process can do nothing about itself, and
+// neither Open MPI nor the kernel minds. It says on stderr whom it killed, where, and in which step and collective.
+// Ends with this process.
+class Guard {
+ public:
+  // Forks: call it before there is a thread. `rank` is for its words.
+  static absl::StatusOr<std::unique_ptr<Guard>> Start(absl::Duration patience);
+  ~Guard();
+
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+
+  // This process lives. The first one arms the guard, a leaving one disarms it. Never blocks. One thread.
+  void Take(int rank, const comm::Beat& beat) const;
+
+ private:
+  explicit Guard(int pipe) : pipe_(pipe) {}
+  const int pipe_;
+};
+
+}  // namespace rankwise
