@@ -54,6 +54,10 @@ class WatchedCommunicator final : public Communicator {
     const Stay stay(activity_, Collective::kAllReduceSum);
     return inner_->AllReduceSum(values, timeout);
   }
+  absl::Status Wait(absl::Duration timeout) override {
+    const Stay stay(activity_, Collective::kAllReduceSum);
+    return inner_->Wait(timeout);
+  }
   absl::Status Gather(std::span<const float> part, std::span<const int64_t> part_counts, std::span<float> all,
                       absl::Duration timeout) override {
     const Stay stay(activity_, Collective::kGather);
