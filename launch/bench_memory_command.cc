@@ -68,7 +68,7 @@ absl::StatusOr<PrivateFolder> WriteMadeUpScales(const std::string& model_dir, in
   statistics.v_min = statistics.k_min;
   statistics.v_max = statistics.k_max;
   RW_ASSIGN_OR_RETURN(PrivateFolder folder, PrivateFolder::Create(TemporaryParent()));
-  RW_RETURN_IF_ERROR(kv::WriteKvScales(folder.path(), statistics, tp, kv::Granularity::kHead));
+  RW_RETURN_IF_ERROR(kv::WriteKvScales(folder.path(), statistics, tp, kv::Granularity::kChannel));
   return folder;
 }
 
