@@ -16,7 +16,8 @@ namespace rankwise::launch {
 namespace {
 
 constexpr char kExamples[] = R"(Examples:
-  rankwise bench engine --help
+  rankwise bench engine --help      decode and prefill of a model
+  rankwise bench kernels --help     each kernel on its own, on the CPU or, with --device cuda, on a GPU
   rankwise bench memory --help      the plan of `rankwise plan` against running ranks
   rankwise bench engine --model ./TinyLlama-1.1B --tp 2)";
 
@@ -33,14 +34,19 @@ int TensorParallelDegree(const std::vector<std::string>& words) {
   return tp;
 }
 
-absl::Status Exec(const std::vector<std::string>& words) {
+absl::Status Exec(std::vector<std::string> words) {
   std::vector<std::string> command;
+  std::string program = "rankwise-bench";
+  if (!words.empty() && words[0] == "kernels") {
+    program = "rankwise-kernel-bench";
+    words.erase(words.begin());
+  }
   if (const int tp = TensorParallelDegree(words); tp > 1) {
     command = {"mpirun", "-n", absl::StrCat(tp), "--oversubscribe", "--bind-to", "none"};
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 0);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
   }
-  command.push_back(absl::StrCat(ProgramFolder(), "/rankwise-bench"));
+  command.push_back(absl::StrCat(ProgramFolder(), "/", program));
   command.insert(command.end(), words.begin(), words.end());
   std::vector<char*> pointers;
   for (std::string& word : command) pointers.push_back(word.data());
@@ -53,7 +59,9 @@ absl::Status Exec(const std::vector<std::string>& words) {
 
 void AddBench(CLI::App& app, Action& action) {
   CLI::App* command =
-      app.add_subcommand("bench", "Measure against this machine's ceilings; runs rankwise-bench")->footer(kExamples);
+      app.add_subcommand("bench",
+                         "Measure against this machine's ceilings; runs rankwise-bench or rankwise-kernel-bench")
+          ->footer(kExamples);
   command->prefix_command();
   command->set_help_flag();  // it belongs to rankwise-bench
   AddBenchMemory(*command, action);

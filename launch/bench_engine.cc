@@ -1,0 +1,237 @@
+#include "launch/bench_engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+
+namespace rankwise::launch {
+namespace {
+
+absl::Status Ignore(int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }
+
+// One row of the table: work done in `seconds` by all ranks, against the sum of the ranks' limits.
+struct Figure {
+  std::string work;
+  double tokens_per_second, milliseconds, bytes_per_second, read_fraction, flops_per_second, fma_fraction;
+};
+
+class EngineBench {
+ public:
+  EngineBench(const EngineFlags& flags, engine::Rank& rank, const device::Device& device,
+              comm::Communicator& communicator)
+      : flags_(flags), rank_(rank), device_(device), communicator_(communicator), config_(rank.decoder->config()) {}
+
+  absl::Status Run(kernels::MachineLimits limits) {
+    RW_ASSIGN_OR_RETURN(read_limit_, SumOverRanks(limits.read_bytes_per_second, device_, communicator_));
+    RW_ASSIGN_OR_RETURN(fma_limit_, SumOverRanks(limits.fma_flops_per_second, device_, communicator_));
+    if (flags_.prompt > 0) RW_RETURN_IF_ERROR(Prefill());
+    for (const int batch : flags_.batches) RW_RETURN_IF_ERROR(Decode(batch));
+    if (communicator_.rank() == 0) Print();
+    return absl::OkStatus();
+  }
+
+ private:
+  // Rows [position, position + count) of slot `slot`, whose blocks are its own range of the pool.
+  void AddSegment(StepPlan& plan, int slot, int position, int count, LogitsNeed logits) const {
+    StepSegment& segment = plan.segments.emplace_back();
+    segment.slot = slot;
+    segment.first_position = position;
+    segment.logits = logits;
+    for (int i = 0; i < count; ++i) {
+      segment.tokens.push_back(
+          static_cast<int32_t>((int64_t{7919} * (position + i) + 31 * slot + 13) % config_.vocab_size));
+    }
+    const int blocks_each = rank_.scheduler_options.block_count / rank_.scheduler_options.slot_count;
+    const auto blocks = [](int tokens) { return (tokens + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens; };
+    for (int b = blocks(position); b < blocks(position + count); ++b)
+      segment.new_blocks.push_back(slot * blocks_each + b);
+  }
+
+  absl::Status Fill(int slot, int tokens) {
+    const int step_rows = rank_.scheduler_options.max_step_rows;
+    for (int position = 0; position < tokens; position += step_rows) {
+      StepPlan plan{.kind = StepKind::kRun};
+      if (position == 0) plan.cleared_slots = {slot};
+      const int count = std::min(step_rows, tokens - position);
+      AddSegment(plan, slot, position, count, position + count == tokens ? LogitsNeed::kLast : LogitsNeed::kNone);
+      RW_RETURN_IF_ERROR(rank_.executor->Execute(plan, Ignore));
+    }
+    return absl::OkStatus();
+  }
+
+  // Multiply-adds of scores and weighted values of one row that attends `positions` positions.
+  int64_t AttentionMultiplyAdds(int64_t positions) const {
+    return 2 * config_.n_layers * rank_.decoder->plan().heads.count() * config_.head_dim * positions;
+  }
+
+  int64_t KvBytes(int64_t positions) const {
+    const kernels::KvPool& pool = rank_.decoder->kv_pool();
+    return pool.bytes() / pool.block_count() / kernels::kKvBlockTokens * positions;
+  }
+
+  absl::Status Prefill() {
+    std::vector<double> seconds;
+    for (int i = 0; i <= flags_.repeats; ++i) {
+      RW_RETURN_IF_ERROR(communicator_.Barrier(absl::Minutes(1)));
+      const double begin = SecondsNow();
+      RW_RETURN_IF_ERROR(Fill(0, flags_.prompt));
+      if (i > 0) seconds.push_back(SecondsNow() - begin);
+    }
+    const int64_t rows = flags_.prompt;
+    const int64_t multiply_adds = rows * rank_.decoder->multiply_adds() + rank_.decoder->output_multiply_adds() +
+                                  AttentionMultiplyAdds(rows * (rows + 1) / 2);
+    return Add(absl::StrCat("prefill ", rows), rows, Median(seconds), rank_.decoder->weight_bytes(), 2 * multiply_adds);
+  }
+
+  absl::Status Decode(int batch) {
+    const int depth = std::max(flags_.depth, 1);
+    for (int slot = 0; slot < batch; ++slot) RW_RETURN_IF_ERROR(Fill(slot, depth));
+    std::vector<double> seconds;
+    for (int step = 0; step < flags_.steps; ++step) {
+      StepPlan plan{.kind = StepKind::kRun};
+      for (int slot = 0; slot < batch; ++slot) AddSegment(plan, slot, depth + step, 1, LogitsNeed::kLast);
+      const double begin = SecondsNow();
+      RW_RETURN_IF_ERROR(rank_.executor->Execute(plan, Ignore));
+      seconds.push_back(SecondsNow() - begin);
+    }
+    const int64_t positions = batch * (depth + flags_.steps / 2);
+    const int64_t multiply_adds = batch * (rank_.decoder->multiply_adds() + rank_.decoder->output_multiply_adds()) +
+                                  AttentionMultiplyAdds(positions);
+    return Add(absl::StrCat("decode batch ", batch, " depth ", depth), batch, Median(seconds),
+               rank_.decoder->weight_bytes() + KvBytes(positions), 2 * multiply_adds);
+  }
+
+  absl::Status Add(const std::string& work, int64_t tokens, double seconds, int64_t bytes, int64_t flops) {
+    RW_ASSIGN_OR_RETURN(const double all_bytes, SumOverRanks(static_cast<double>(bytes), device_, communicator_));
+    RW_ASSIGN_OR_RETURN(const double all_flops, SumOverRanks(static_cast<double>(flops), device_, communicator_));
+    figures_.push_back({.work = work,
+                        .tokens_per_second = tokens / seconds,
+                        .milliseconds = 1e3 * seconds,
+                        .bytes_per_second = all_bytes / seconds,
+                        .read_fraction = all_bytes / seconds / read_limit_,
+                        .flops_per_second = all_flops / seconds,
+                        .fma_fraction = all_flops / seconds / fma_limit_});
+    return absl::OkStatus();
+  }
+
+  void Print() const {
+    if (flags_.is_json) {
+      nlohmann::json out{{"read_limit_bytes_per_second", read_limit_}, {"fma_limit_flops_per_second", fma_limit_}};
+      for (const Figure& f : figures_) {
+        out["figures"].push_back({{"work", f.work},
+                                  {"tokens_per_second", f.tokens_per_second},
+                                  {"milliseconds", f.milliseconds},
+                                  {"bytes_per_second", f.bytes_per_second},
+                                  {"read_fraction", f.read_fraction},
+                                  {"flops_per_second", f.flops_per_second},
+                                  {"fma_fraction", f.fma_fraction}});
+      }
+      std::printf("%s\n", out.dump(2).c_str());
+      return;
+    }
+    std::printf("limits measured in this run, all ranks: %.1f GB/s %s, %.1f GFLOP/s %s\n\n", read_limit_ / 1e9,
+                device_.gpu < 0 ? "read" : "copied", fma_limit_ / 1e9, device_.gpu < 0 ? "f32 fma" : "bf16 matmul");
+    std::printf("%-28s %10s %10s %8s %9s %9s %9s\n", "work", "tokens/s", "ms", "GB/s", "of limit", "GFLOP/s",
+                "of limit");
+    for (const Figure& f : figures_) {
+      std::printf("%-28s %10.2f %10.2f %8.2f %8.0f%% %9.1f %8.0f%%\n", f.work.c_str(), f.tokens_per_second,
+                  f.milliseconds, f.bytes_per_second / 1e9, 100 * f.read_fraction, f.flops_per_second / 1e9,
+                  100 * f.fma_fraction);
+    }
+  }
+
+  const EngineFlags& flags_;
+  engine::Rank& rank_;
+  const device::Device& device_;
+  comm::Communicator& communicator_;
+  const weights::ModelConfig& config_;
+  double read_limit_ = 0, fma_limit_ = 0;
+  std::vector<Figure> figures_;
+};
+
+absl::StatusOr<kernels::MachineLimits> MeasureLimits(const RankFlags& ranks, const device::Device& device) {
+  if (device.gpu >= 0) return kernels::MeasureCudaLimits(ranks.device.plugin_folder, device.gpu);
+  return kernels::MeasureMachineLimits(ranks.device.cpu.threads);
+}
+
+}  // namespace
+
+absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const device::Device& device,
+                         comm::Communicator& communicator) {
+  RW_ASSIGN_OR_RETURN(const kernels::MachineLimits limits, MeasureLimits(ranks, device));
+  engine::RankOptions options = ranks.rank;
+  options.max_running = std::max(1, *std::ranges::max_element(flags.batches));
+  options.max_tokens = std::max(flags.prompt, std::max(flags.depth, 1) + flags.steps);
+  options.max_step_rows = options.max_chunk_rows = std::max(flags.step_rows, options.max_running);
+  const int64_t blocks_each = (options.max_tokens + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
+  RW_ASSIGN_OR_RETURN(engine::Rank rank, engine::LoadRank(options, *device.backend, communicator));
+  if (rank.scheduler_options.block_count < blocks_each * options.max_running) {
+    return absl::InvalidArgumentError(absl::StrCat("batch ", options.max_running, " at ", options.max_tokens,
+                                                   " tokens needs more KV memory: give --kv-memory"));
+  }
+  if (communicator.rank() == 0 && !flags.is_json) {
+    std::printf("%s, %s, tp %d, kv %s, %.3f GB of weights per rank\n", options.model_dir.c_str(),
+                device.backend->Description().c_str(), communicator.size(), rank.kv.c_str(),
+                rank.decoder->weight_bytes() / 1e9);
+  }
+  return EngineBench(flags, rank, device, communicator).Run(limits);
+}
+
+void AddRankFlags(CLI::App& app, RankFlags& flags) {
+  app.add_option("--model", flags.rank.model_dir, "Folder with config.json and *.safetensors, or a workspace")
+      ->required();
+  app.add_option("--device", flags.device.device, "cpu, cuda or auto")->capture_default_str();
+  app.add_flag("--allow-shared-gpu", flags.device.is_gpu_sharing_allowed, "Let ranks share a GPU");
+  app.add_option("--kv-scales", flags.rank.kv_scales_dir, "Folder that kv-qparams wrote");
+  app.add_option("--threads", flags.device.cpu.threads, "CPU threads per rank")
+      ->default_str("CPUs / ranks on this host");
+  app.add_option("--instruction-set", flags.device.cpu.instruction_set, "avx2 or avx512");
+}
+
+void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
+  AddRankFlags(app, ranks);
+  app.add_option("--kv", ranks.rank.kv, kKvFormats)->default_str(kDefaultKvFormat);
+  app.add_option("--batch", flags.batches, "Batch sizes of decode, e.g. 1,8,32")->delimiter(',')->capture_default_str();
+  app.add_option("--depth", flags.depth, "Tokens in the cache before decode begins")->capture_default_str();
+  app.add_option("--prompt", flags.prompt, "Tokens of the prefill; 0 leaves it out")->capture_default_str();
+  app.add_option("--steps", flags.steps, "Decode steps, of which the median is taken")->capture_default_str();
+  app.add_option("--repeats", flags.repeats, "Prefills, of which the median is taken")->capture_default_str();
+  app.add_option("--kv-memory", ranks.rank.kv_memory_bytes, "Bytes of KV cache per rank")
+      ->transform(CLI::AsSizeValue(false));
+  app.add_option("--step-rows", flags.step_rows, "Token rows of one step at most, e.g. of a prefill")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  app.add_flag("--json", flags.is_json, "Print JSON");
+}
+
+void ShareOutCpus(int ranks_on_host, kernels::CpuOptions& cpu) {
+  if (cpu.threads == 0) cpu.threads = std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)) / ranks_on_host);
+  cpu.pin_threads = ranks_on_host == 1;
+}
+
+double SecondsNow() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double Median(std::vector<double> values) {
+  std::ranges::nth_element(values, values.begin() + values.size() / 2);
+  return values[values.size() / 2];
+}
+
+absl::StatusOr<double> SumOverRanks(double value, const device::Device& device, comm::Communicator& communicator) {
+  float sum = static_cast<float>(value);
+  RW_ASSIGN_OR_RETURN(const kernels::Backend::Floats there, device.backend->Allocate(1));
+  RW_RETURN_IF_ERROR(device.backend->CopyToDevice({&sum, 1}, there.get()));
+  RW_RETURN_IF_ERROR(communicator.AllReduceSum({there.get(), 1}, absl::Minutes(1)));
+  RW_RETURN_IF_ERROR(communicator.Wait(absl::Minutes(1)));
+  RW_RETURN_IF_ERROR(device.backend->CopyToHost(there.get(), {&sum, 1}));
+  return sum;
+}
+
+}  // namespace rankwise::launch

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/machine_limits.h"
+#include "worker/comm/communicator.h"
+#include "worker/device/device.h"
+#include "worker/engine/rank.h"
+
+namespace rankwise::launch {
+
+inline constexpr char kKvFormats[] = "f32, f16, int8, int8-head, int8-online or int4-online";
+inline constexpr char kDefaultKvFormat[] = "int8 for a workspace with quant_policy = 4, else f16";
+
+// Of every benchmark that runs ranks.
+struct RankFlags {
+  engine::RankOptions rank;
+  device::DeviceOptions device;
+};
+void AddRankFlags(CLI::App& app, RankFlags& flags);
+
+struct EngineFlags {
+  std::vector<int> batches = {1};
+  int depth = 0;
+  int prompt = 512;
+  int steps = 24;
+  int repeats = 5;
+  int step_rows = 512;
+  bool is_json = false;
+};
+void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags);
+
+// Collective: decodes and prefills as the flags say, and prints on rank 0 how near that comes to the limits of the
+// ranks' devices, which are measured first.
+absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const device::Device& device,
+                         comm::Communicator& communicator);
+
+// The CPU threads of one of `ranks_on_host` ranks, unless the flags say.
+void ShareOutCpus(int ranks_on_host, kernels::CpuOptions& cpu);
+
+double SecondsNow();  // of a clock that nobody sets
+double Median(std::vector<double> values);
+// Collective: Σ over ranks.
+absl::StatusOr<double> SumOverRanks(double value, const device::Device& device, comm::Communicator& communicator);
+
+}  // namespace rankwise::launch
