@@ -8,7 +8,9 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "worker/kv/kv_choice.h"
 
 namespace rankwise::launch {
 namespace {
@@ -196,7 +198,7 @@ void AddRankFlags(CLI::App& app, RankFlags& flags) {
 
 void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
   AddRankFlags(app, ranks);
-  app.add_option("--kv", ranks.rank.kv, kKvFormats)->default_str(kDefaultKvFormat);
+  app.add_option("--kv", ranks.rank.kv, absl::StrJoin(kv::KvNames(), ", "))->default_str(kDefaultKvFormat);
   app.add_option("--batch", flags.batches, "Batch sizes of decode, e.g. 1,8,32")->delimiter(',')->capture_default_str();
   app.add_option("--depth", flags.depth, "Tokens in the cache before decode begins")->capture_default_str();
   app.add_option("--prompt", flags.prompt, "Tokens of the prefill; 0 leaves it out")->capture_default_str();

@@ -12,7 +12,6 @@
 
 namespace rankwise::launch {
 
-inline constexpr char kKvFormats[] = "f32, f16, int8, int8-head, int8-online or int4-online";
 inline constexpr char kDefaultKvFormat[] = "int8 for a workspace with quant_policy = 4, else f16";
 
 // Of every benchmark that runs ranks.
