@@ -263,7 +263,7 @@ INSTANTIATE_TEST_SUITE_P(InstructionSets, CpuMatMulTest, testing::ValuesIn(Instr
 
 TEST_P(CpuMatMulTest, GivesTheBitsOfTheContractForAnyRowsAndThreads) {
   SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
-  for (int threads : {1, 2, 3}) {
+  for (int threads : TeamSizes()) {
     const auto backend = MakeBackend(GetParam(), threads);
     for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
       for (int chunks : {1, 2, 8, 64}) {

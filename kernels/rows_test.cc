@@ -159,7 +159,7 @@ TEST(CpuRowsTest, InstructionSetsAndTeamsGiveTheSameBits) {
     const auto x = random.Floats(rows * 2 * width, -90, 90), weight = random.Floats(width);
     std::vector<float> expected;
     for (const std::string& name : InstructionSets()) {
-      for (int threads : {1, 2, 3}) {
+      for (int threads : TeamSizes()) {
         const auto backend = MakeBackend(name, threads);
         Step step = PlainStep(rows);
         ASSERT_TRUE(backend->BeginStep(step.rows()).ok());

@@ -4,31 +4,9 @@
 #include <cstdlib>
 #include <limits>
 
-#include "base/check.h"
 #include "kernels/number_formats.h"
 
 namespace rankwise::kernels {
-
-std::vector<std::string> InstructionSets() {
-  std::vector<std::string> sets;
-  for (const char* name : {"avx2", "avx512"}) {
-    if (CreateCpuBackend({.threads = 1, .instruction_set = name}).ok()) sets.push_back(name);
-  }
-  return sets;
-}
-
-std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads) {
-  if (name == "reference") return CreateReferenceBackend();
-  auto backend = CreateCpuBackend({.threads = threads, .pin_threads = false, .instruction_set = name});
-  RW_CHECK(backend.ok(), std::string(backend.status().message()));
-  return *std::move(backend);
-}
-
-std::vector<std::string> BackendNames() {
-  std::vector<std::string> names = InstructionSets();
-  names.insert(names.begin(), "reference");
-  return names;
-}
 
 std::vector<float> Random::Floats(int64_t count, float low, float high) {
   std::vector<float> v(count);

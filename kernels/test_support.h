@@ -13,11 +13,14 @@
 // What the kernel suites share: backends by name, seeded numbers, guarded buffers and steps that own their memory.
 namespace rankwise::kernels {
 
-// The instruction sets of the CPU backend that this machine can run.
+// What the suites are run on, by name. kernels/test_backends.cc offers the instruction sets of the CPU backend that
+// this machine can run, tests/cuda_emulation/test_backends.cc the CUDA backend on the emulator.
 std::vector<std::string> InstructionSets();
-// "reference", or an instruction set.
+std::vector<std::string> BackendNames();  // and "reference"
 std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads = 1);
-std::vector<std::string> BackendNames();
+std::vector<int> TeamSizes();
+// Longer contexts are left out where they would take minutes.
+int32_t LongestTestContext();
 
 class Random {
  public:
