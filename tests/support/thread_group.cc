@@ -9,12 +9,19 @@ namespace rankwise::testing {
 
 absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::RankOptions& options, int tp,
                                                                 int threads_per_rank) {
+  return Start(options, tp, [threads_per_rank](int) {
+    return kernels::CreateCpuBackend({.threads = threads_per_rank, .pin_threads = false});
+  });
+}
+
+absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::RankOptions& options, int tp,
+                                                                const MakeBackend& make) {
   auto group = std::unique_ptr<ThreadGroup>(new ThreadGroup());
   group->communicators_ = comm::CreateThreadCommunicators(tp);
   group->ranks_.resize(tp);
   group->follower_status_.resize(tp);
   for (int r = 0; r < tp; ++r) {
-    RW_ASSIGN_OR_RETURN(auto backend, kernels::CreateCpuBackend({.threads = threads_per_rank, .pin_threads = false}));
+    RW_ASSIGN_OR_RETURN(auto backend, make(r));
     group->backends_.push_back(std::move(backend));
   }
   std::vector<absl::Status> loaded(tp);

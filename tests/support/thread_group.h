@@ -20,6 +20,10 @@ class ThreadGroup {
  public:
   static absl::StatusOr<std::unique_ptr<ThreadGroup>> Start(const engine::RankOptions& options, int tp,
                                                             int threads_per_rank = 1);
+  // On backends that `make` makes, one for each rank.
+  using MakeBackend = std::function<absl::StatusOr<std::unique_ptr<kernels::Backend>>(int rank)>;
+  static absl::StatusOr<std::unique_ptr<ThreadGroup>> Start(const engine::RankOptions& options, int tp,
+                                                            const MakeBackend& make);
   // Ends the followers and checks that they ended well and that the scheduler's books balance.
   ~ThreadGroup();
 
