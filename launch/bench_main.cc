@@ -220,7 +220,7 @@ int main(int argc, char** argv) {
   for (CLI::App* command : {engine, kv}) {
     command->add_option("--tp", flags.tp, "Ranks, which `rankwise bench` starts")->default_str("those of mpirun");
   }
-  kv->add_option("--kv", flags.kv_formats, absl::StrCat("Some of ", absl::StrJoin(kv::KvNames(), ", ")))
+  kv->add_option("--kv", flags.kv_formats, absl::StrCat("Some of ", absl::StrJoin(rankwise::kv::KvNames(), ", ")))
       ->delimiter(',')
       ->default_str(kDefaultKvFormat);
   kv->add_option("--text", flags.text_file, "UTF-8 text to score")->required();

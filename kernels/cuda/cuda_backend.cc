@@ -2,17 +2,364 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/cuda_kv_pool.h"
+#include "kernels/cuda/cuda_matrix.h"
+#include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/kernels.h"
+#include "kernels/kv_histogram.h"
+#include "kernels/preconditions.h"
 
 namespace rankwise::kernels {
+namespace {
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions&) {
-  int count = 0;
-  RW_CUDA(cudaGetDeviceCount(&count));
-  return absl::UnimplementedError("the CUDA backend");
+// Attention gives each split of the context a block of its own where tiles alone are fewer than this for each
+// multiprocessor, and where the states fit into this many floats.
+constexpr int64_t kTilesPerMultiprocessor = 2;
+constexpr int64_t kMostPartials = int64_t{16} << 20;
+
+class CudaBackend : public Backend {
+ public:
+  CudaBackend(int device, const cudaDeviceProp& properties, Stream stream)
+      : device_(device),
+        multiprocessors_(properties.multiProcessorCount),
+        description_(absl::StrCat("cuda ", device, ": ", properties.name, ", sm_", properties.major, properties.minor,
+                                  ", ", properties.multiProcessorCount, " multiprocessors")),
+        stream_(std::move(stream)),
+        team_(ThreadTeam::AllowedCpuCount(), /*pin_threads=*/false) {}
+  ~CudaBackend() override { cudaSetDevice(device_); }
+
+  std::string Description() const override { return description_; }
+  cudaStream_t stream() const { return stream_.get(); }
+
+  absl::StatusOr<Floats> Allocate(int64_t count) override {
+    RW_RETURN_IF_ERROR(Use());
+    RW_ASSIGN_OR_RETURN(DeviceMemory memory, AllocateZeroed(count * static_cast<int64_t>(sizeof(float)), stream()));
+    return Floats(reinterpret_cast<float*>(memory.release()),
+                  [](float* p) { DeviceFree()(reinterpret_cast<std::byte*>(p)); });
+  }
+  absl::Status CopyToHost(const float* device, std::span<float> host) override {
+    RW_RETURN_IF_ERROR(Use());
+    RW_CUDA(cudaMemcpyAsync(host.data(), device, host.size_bytes(), cudaMemcpyDeviceToHost, stream()));
+    RW_CUDA(cudaStreamSynchronize(stream()));
+    return absl::OkStatus();
+  }
+  absl::Status CopyToDevice(std::span<const float> host, float* device) override {
+    RW_RETURN_IF_ERROR(Use());
+    RW_CUDA(cudaMemcpyAsync(device, host.data(), host.size_bytes(), cudaMemcpyHostToDevice, stream()));
+    RW_CUDA(cudaStreamSynchronize(stream()));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
+    RW_RETURN_IF_ERROR(Use());
+    return CudaMatrix::Create(blocks, tree, team_, stream());
+  }
+  absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override {
+    RW_RETURN_IF_ERROR(Use());
+    return CudaKvPool::Create(shape, block_count, stream());
+  }
+  absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) override {
+    RW_RETURN_IF_ERROR(Use());
+    RW_RETURN_IF_ERROR(CheckKvScales(pool.shape(), scales));
+    return static_cast<CudaKvPool&>(pool).SetScales(scales);
+  }
+
+  absl::Status BeginStep(const StepRows& rows) override;
+
+  absl::Status Embed(const EmbeddingTable& table, float* x) override;
+  absl::Status RmsNorm(float* out, const float* x, const float* weight, int64_t width, float eps) override {
+    // Without delta x is only read.
+    return Norm({.out = out, .x = const_cast<float*>(x), .weight = weight, .width = width, .eps = eps});
+  }
+  absl::Status AddRmsNorm(float* out, float* x, const float* delta, const float* bias, const float* weight,
+                          int64_t width, float eps) override {
+    return Norm({.out = out, .x = x, .delta = delta, .bias = bias, .weight = weight, .width = width, .eps = eps});
+  }
+  absl::Status Add(float* x, const float* delta, const float* bias, int64_t width) override {
+    return Norm({.x = x, .delta = delta, .bias = bias, .width = width});
+  }
+  absl::Status MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
+                      const float* bias) override;
+  absl::Status RopeAppend(float* qkv, const AttentionShape& shape, const RopeTable& rope, const float* q_norm,
+                          const float* k_norm, float norm_eps, KvPool& pool, int layer,
+                          KvObservation* observation) override;
+  absl::Status Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
+                         int layer) override;
+  absl::Status SiluMul(float* out, const float* gate_up, int64_t width) override {
+    RW_RETURN_IF_ERROR(Use());
+    return CudaStatus(cuda::SiluMul(out, gate_up, step_.row_count(), width, stream()), "SiluMul");
+  }
+  absl::Status PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) override;
+
+ private:
+  // Ops may come from any thread, and CUDA's current device is each thread's own.
+  absl::Status Use() const { return CudaStatus(cudaSetDevice(device_), "cudaSetDevice"); }
+  absl::Status Norm(cuda::NormTask task) {
+    RW_RETURN_IF_ERROR(Use());
+    task.row_count = step_.row_count();
+    return CudaStatus(cuda::AddAndNorm(task, stream()), task.weight ? "RmsNorm" : "Add");
+  }
+  absl::Status SendAngles(const RopeTable& rope);
+  absl::Status SendTiles(int group);
+  // The most splits that any tile's windows reach into.
+  int64_t SplitCount(int32_t sliding_window, int group) const;
+  absl::Status Observe(const float* qkv, const AttentionShape& shape, KvObservation& observation);
+
+  const int device_;
+  const int64_t multiprocessors_;
+  const std::string description_;
+  const Stream stream_;
+  ThreadTeam team_;  // packs
+  StepIndex step_;
+
+  // Of the step: plan [position [rows], block [rows], block tables], and what the first layer asked for.
+  Staging plan_, angles_, tiles_on_device_;
+  std::vector<int32_t> table_begin_;      // [segments], in the plan's tables
+  const RopeTable* angles_of_ = nullptr;  // whose angles were sent
+  int tiles_of_ = 0;                      // the group whose tiles were sent
+  std::vector<cuda::AttentionTile> tiles_;
+
+  Staging embeddings_, picked_;
+  DeviceMemory partials_;
+  int64_t partials_capacity_ = 0;
+  std::vector<float> observed_;  // host: qkv
+};
+
+absl::Status CudaBackend::BeginStep(const StepRows& rows) {
+  RW_RETURN_IF_ERROR(Use());
+  step_.Build(rows);
+  angles_of_ = nullptr;
+  tiles_of_ = 0;
+  const int64_t count = step_.row_count();
+  int64_t table_blocks = 0;
+  table_begin_.clear();
+  for (const auto& table : rows.block_table) {
+    table_begin_.push_back(static_cast<int32_t>(table_blocks));
+    table_blocks += static_cast<int64_t>(table.size());
+  }
+  const int64_t bytes = (2 * count + table_blocks) * static_cast<int64_t>(sizeof(int32_t));
+  RW_ASSIGN_OR_RETURN(std::byte * memory, plan_.Reserve(bytes));
+  auto* plan = reinterpret_cast<int32_t*>(memory);
+  for (int64_t row = 0; row < count; ++row) {
+    plan[row] = step_.position(row);
+    plan[count + row] = step_.block(row);
+  }
+  int32_t* to = plan + 2 * count;
+  for (const auto& table : rows.block_table) to = std::copy(table.begin(), table.end(), to);
+  return plan_.Send(bytes, stream());
 }
 
-void* CudaStreamOf(const Backend&) { return nullptr; }
+absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
+  RW_RETURN_IF_ERROR(Use());
+  RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
+  const int64_t row_bytes = table.cols * DTypeBytes(table.dtype), pitch = (row_bytes + 15) / 16 * 16;
+  const int64_t count = step_.row_count();
+  RW_ASSIGN_OR_RETURN(std::byte * memory, embeddings_.Reserve(count * pitch));
+  for (const int32_t token : step_.rows().tokens) {
+    std::memcpy(memory, table.data + token * table.row_stride * DTypeBytes(table.dtype), row_bytes);
+    memory += pitch;
+  }
+  RW_RETURN_IF_ERROR(embeddings_.Send(count * pitch, stream()));
+  return CudaStatus(cuda::WidenRows(x, embeddings_.device(), static_cast<cuda::Element>(table.dtype), pitch, count,
+                                    table.cols, stream()),
+                    "Embed");
+}
+
+absl::Status CudaBackend::MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
+                                 const float* bias) {
+  RW_RETURN_IF_ERROR(Use());
+  const auto& matrix = static_cast<const CudaMatrix&>(weights);
+  cuda::MatMulTask task = matrix.Task();
+  task.y = y;
+  task.x = x;
+  task.bias = bias;
+  task.row_count = row_count;
+  task.is_aligned = matrix.n_in() % 4 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  return CudaStatus(cuda::MatMul(task, matrix.format(), stream()), "MatMul");
+}
+
+// The angles of the step's rows, once for all layers.
+absl::Status CudaBackend::SendAngles(const RopeTable& rope) {
+  if (angles_of_ == &rope) return absl::OkStatus();
+  const int64_t half = rope.rotary_dim / 2, count = step_.row_count();
+  const int64_t bytes = 2 * count * half * static_cast<int64_t>(sizeof(float));
+  RW_ASSIGN_OR_RETURN(std::byte * memory, angles_.Reserve(bytes));
+  auto* to = reinterpret_cast<float*>(memory);
+  for (const auto* table : {&rope.cos, &rope.sin}) {
+    for (int64_t row = 0; row < count; ++row) to = std::copy_n(table->data() + step_.position(row) * half, half, to);
+  }
+  RW_RETURN_IF_ERROR(angles_.Send(bytes, stream()));
+  angles_of_ = &rope;
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::RopeAppend(float* qkv, const AttentionShape& shape, const RopeTable& rope,
+                                     const float* q_norm, const float* k_norm, float norm_eps, KvPool& pool, int layer,
+                                     KvObservation* observation) {
+  RW_RETURN_IF_ERROR(Use());
+  CheckAttention(shape, pool, layer);
+  CheckRope(shape, rope, observation);
+  step_.CheckFits(pool);
+  RW_CHECK(rope.rotary_dim == 0 || step_.position_end() <= rope.position_count,
+           absl::StrCat("position ", step_.position_end() - 1, " of ", rope.position_count));
+  RW_RETURN_IF_ERROR(SendAngles(rope));
+  auto& kv = static_cast<CudaKvPool&>(pool);
+  const int64_t count = step_.row_count();
+  const auto* plan = reinterpret_cast<const int32_t*>(plan_.device());
+  const auto* angles = reinterpret_cast<const float*>(angles_.device());
+  const cuda::RopeAppendTask task{.qkv = qkv,
+                                  .cos = angles,
+                                  .sin = angles + count * (rope.rotary_dim / 2),
+                                  .q_norm = q_norm,
+                                  .k_norm = k_norm,
+                                  .position = plan,
+                                  .block = plan + count,
+                                  .kv = kv.Layer(layer),
+                                  .row_count = count,
+                                  .n_heads = shape.n_heads_local,
+                                  .n_kv_heads = shape.n_kv_heads_local,
+                                  .head_dim = shape.head_dim,
+                                  .rotary_dim = rope.rotary_dim,
+                                  .norm_eps = norm_eps};
+  RW_RETURN_IF_ERROR(CudaStatus(cuda::RopeAppend(task, kv.format(), stream()), "RopeAppend"));
+  return observation ? Observe(qkv, shape, *observation) : absl::OkStatus();
+}
+
+// Calibration is no hurry: K and V are looked at on the host.
+absl::Status CudaBackend::Observe(const float* qkv, const AttentionShape& shape, KvObservation& observation) {
+  const int64_t dims = shape.head_dim, width = (shape.n_heads_local + 2 * shape.n_kv_heads_local) * dims;
+  observed_.resize(step_.row_count() * width);
+  RW_RETURN_IF_ERROR(CopyToHost(qkv, observed_));
+  const auto look = [dims](const float* x, int head, std::vector<float>& min, std::vector<float>& max,
+                           std::vector<uint64_t>& histogram) {
+    for (int64_t d = 0; d < dims; ++d) {
+      float &low = min[head * dims + d], &high = max[head * dims + d];
+      if (x[d] < low) low = x[d];
+      if (x[d] > high) high = x[d];
+    }
+    CountValues(&histogram[static_cast<size_t>(head) * kHistogramBins], x, dims);
+  };
+  for (int64_t row = 0; row < step_.row_count(); ++row) {
+    const float* k = observed_.data() + row * width + shape.n_heads_local * dims;
+    const float* v = k + shape.n_kv_heads_local * dims;
+    for (int head = 0; head < shape.n_kv_heads_local; ++head) {
+      look(k + head * dims, head, observation.k_min, observation.k_max, observation.k_histogram);
+      look(v + head * dims, head, observation.v_min, observation.v_max, observation.v_histogram);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::SendTiles(int group) {
+  if (tiles_of_ == group) return absl::OkStatus();
+  tiles_.clear();
+  const StepRows& rows = step_.rows();
+  for (int32_t s = 0; s < rows.segment_count(); ++s) {
+    const int32_t vectors = (rows.row_begin[s + 1] - rows.row_begin[s]) * group;
+    for (int32_t v = 0; v < vectors; v += cuda::kTileVectors) {
+      tiles_.push_back({.row_begin = rows.row_begin[s],
+                        .first_position = rows.first_position[s],
+                        .table_begin = table_begin_[s],
+                        .vector_begin = v,
+                        .vector_count = std::min(cuda::kTileVectors, vectors - v)});
+    }
+  }
+  const auto bytes = static_cast<int64_t>(tiles_.size() * sizeof(cuda::AttentionTile));
+  RW_ASSIGN_OR_RETURN(std::byte * memory, tiles_on_device_.Reserve(bytes));
+  if (bytes > 0) std::memcpy(memory, tiles_.data(), bytes);
+  RW_RETURN_IF_ERROR(tiles_on_device_.Send(bytes, stream()));
+  tiles_of_ = group;
+  return absl::OkStatus();
+}
+
+int64_t CudaBackend::SplitCount(int32_t sliding_window, int group) const {
+  int64_t most = 0;
+  for (const cuda::AttentionTile& tile : tiles_) {
+    const int32_t first = tile.first_position + tile.vector_begin / group;
+    const int32_t last = tile.first_position + (tile.vector_begin + tile.vector_count - 1) / group;
+    const int32_t begin = sliding_window > 0 ? std::max(0, first - sliding_window + 1) : 0;
+    most = std::max<int64_t>(most, last / cuda::kSplitTokens - begin / cuda::kSplitTokens + 1);
+  }
+  return most;
+}
+
+absl::Status CudaBackend::Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
+                                    int layer) {
+  RW_RETURN_IF_ERROR(Use());
+  CheckAttention(shape, pool, layer);
+  step_.CheckFits(pool);
+  const auto& kv = static_cast<const CudaKvPool&>(pool);
+  const int group = shape.n_heads_local / shape.n_kv_heads_local;
+  RW_RETURN_IF_ERROR(SendTiles(group));
+  const auto tile_count = static_cast<int64_t>(tiles_.size());
+  const int64_t splits = SplitCount(shape.sliding_window, group);
+  const int64_t partials = step_.row_count() * shape.n_heads_local * splits * (4 + shape.head_dim);
+  const bool is_by_split = splits > 1 && partials <= kMostPartials &&
+                           tile_count * shape.n_kv_heads_local < kTilesPerMultiprocessor * multiprocessors_;
+  if (is_by_split && partials > partials_capacity_) {
+    RW_ASSIGN_OR_RETURN(partials_, AllocateDevice(partials * static_cast<int64_t>(sizeof(float))));
+    partials_capacity_ = partials;
+  }
+  const cuda::AttentionTask task{.out = out,
+                                 .qkv = qkv,
+                                 .tables = reinterpret_cast<const int32_t*>(plan_.device()) + 2 * step_.row_count(),
+                                 .tiles = reinterpret_cast<const cuda::AttentionTile*>(tiles_on_device_.device()),
+                                 .kv = kv.Layer(layer),
+                                 .tile_count = static_cast<int32_t>(tile_count),
+                                 .group = group,
+                                 .n_kv_heads = shape.n_kv_heads_local,
+                                 .head_dim = shape.head_dim,
+                                 .sliding_window = shape.sliding_window,
+                                 .score_scale = shape.score_scale,
+                                 .split_count = is_by_split ? static_cast<int32_t>(splits) : 0,
+                                 .partials = reinterpret_cast<float*>(partials_.get())};
+  return CudaStatus(cuda::Attention(task, kv.format(), stream()), "Attention");
+}
+
+absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) {
+  RW_RETURN_IF_ERROR(Use());
+  const auto bytes = static_cast<int64_t>(picked.size_bytes());
+  RW_ASSIGN_OR_RETURN(std::byte * memory, picked_.Reserve(bytes));
+  for (const int32_t row : picked) {
+    RW_CHECK(row >= 0 && row < step_.row_count(), absl::StrCat("picked row ", row));
+    std::memcpy(memory, &row, sizeof(row));
+    memory += sizeof(row);
+  }
+  RW_RETURN_IF_ERROR(picked_.Send(bytes, stream()));
+  return CudaStatus(cuda::PickRows(out, x, reinterpret_cast<const int32_t*>(picked_.device()),
+                                   static_cast<int64_t>(picked.size()), width, stream()),
+                    "PickRows");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& options) {
+  int count = 0;
+  RW_CUDA(cudaGetDeviceCount(&count));
+  if (options.device < 0 || options.device >= count) {
+    return absl::InvalidArgumentError(absl::StrCat("device=", options.device, " is not one of the ", count, " GPUs"));
+  }
+  RW_CUDA(cudaSetDevice(options.device));
+  cudaDeviceProp properties;
+  RW_CUDA(cudaGetDeviceProperties(&properties, options.device));
+  if (properties.major < 8) {
+    return absl::FailedPreconditionError(absl::StrCat("GPU ", options.device, ", ", properties.name, ", is sm_",
+                                                      properties.major, properties.minor, ", older than sm_80"));
+  }
+  cudaStream_t stream = nullptr;
+  RW_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return std::make_unique<CudaBackend>(options.device, properties, Stream(stream));
+}
+
+void* CudaStreamOf(const Backend& backend) { return static_cast<const CudaBackend&>(backend).stream(); }
 
 }  // namespace rankwise::kernels

@@ -37,7 +37,8 @@ class Shared {
   __device__ T& operator[](int64_t i) const { return data_[i]; }
   // Elements [i, i + 4), as one access; i is a multiple of 4.
   __device__ float4 Load4(int64_t i) const { return *reinterpret_cast<const float4*>(data_ + i); }
-  __device__ void Store4(int64_t i, float4 x) const { *reinterpret_cast<float4*>(data_ + i) = x; }
+  // Elements i and i + 1; i is even.
+  __device__ uint2 Load2(int64_t i) const { return *reinterpret_cast<const uint2*>(data_ + i); }
 
  private:
   T* data_;

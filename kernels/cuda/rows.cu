@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 // Rounding the sum has relative error (width / 128 + 8) 2^-24 and enters under a square root: |out - exact| <=
 //          (width / 256 + 9) 2^-24 |exact|, up to second order; the addition as in the CPU backend
 // Launch   a block of 128 threads per row
-__global__ void __launch_bounds__(kThreads) AddAndNormKernel(NormTask task) {
+__global__ void __launch_bounds__(kThreads) AddAndNormKernel(const __grid_constant__ NormTask task) {
   const Shared<float> sums(0, kThreads / 32);
   const int64_t first = blockIdx.x * task.width;
   float* x = task.x + first;

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+// Handles of CUDA's runtime, owned. What goes wrong when they are given back is not looked at: then the device is lost,
+// and who used it last was told.
+namespace rankwise::kernels {
+
+struct DeviceFree {
+  void operator()(std::byte* memory) const { cudaFree(memory); }
+};
+using DeviceMemory = std::unique_ptr<std::byte, DeviceFree>;
+// `bytes` of the current device, not set to anything; at least one byte.
+absl::StatusOr<DeviceMemory> AllocateDevice(int64_t bytes);
+// The same, copied from the host or zeroed by the time `stream` gets there.
+absl::StatusOr<DeviceMemory> UploadToDevice(const void* host, int64_t bytes, cudaStream_t stream);
+absl::StatusOr<DeviceMemory> AllocateZeroed(int64_t bytes, cudaStream_t stream);
+
+struct StreamDestroy {
+  void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+};
+using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, StreamDestroy>;
+
+// Bytes that go to the device once a step, through pinned memory, without waiting for the stream. Both sides grow to
+// the largest step seen.
+class Staging {
+ public:
+  // Pinned memory for `bytes`, valid until Send. Waits until what was sent last has left it.
+  absl::StatusOr<std::byte*> Reserve(int64_t bytes);
+  // Copies the first `bytes` of it to device(), in order with the stream.
+  absl::Status Send(int64_t bytes, cudaStream_t stream);
+  const std::byte* device() const { return device_.get(); }
+
+ private:
+  struct HostFree {
+    void operator()(std::byte* memory) const { cudaFreeHost(memory); }
+  };
+  struct EventDestroy {
+    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+  };
+
+  int64_t capacity_ = 0;
+  std::unique_ptr<std::byte, HostFree> host_;
+  DeviceMemory device_;
+  std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, EventDestroy> sent_;
+};
+
+}  // namespace rankwise::kernels

@@ -1,0 +1,205 @@
+// What the emulator must find in a kernel, each in a kernel that has it; and that it finds nothing in their sound
+// twins.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <string>
+#include <vector>
+
+#include "tests/cuda_emulation/include/kernels/cuda/device.h"
+
+namespace rankwise::cuda_emulation {
+namespace {
+
+using kernels::cuda::Launch;
+using kernels::cuda::Load16;
+using kernels::cuda::MultiplyTerms;
+using kernels::cuda::Shared;
+using ::testing::HasSubstr;
+
+constexpr unsigned kAll = 0xffffffff;
+
+class EmulatorTest : public ::testing::Test {
+ protected:
+  void SetUp() override { ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess); }
+  void TearDown() override { cudaStreamDestroy(stream_); }
+
+  // "" or the fault, of two blocks with 64 bytes of shared memory for each warp.
+  template <typename... Parameters, typename... Arguments>
+  std::string Run(void (*kernel)(Parameters...), int threads, Arguments... arguments) {
+    const cudaError_t error = Launch(kernel, dim3(2), threads, threads * 4, stream_, arguments...);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  }
+
+  cudaStream_t stream_ = nullptr;
+};
+
+// Every thread's number to its neighbour, half the block away.
+__global__ void Swap(int* out, int count, bool has_barrier) {
+  const Shared<int> words(0, count);
+  const int i = threadIdx.x;
+  words[i] = i;
+  if (has_barrier) __syncthreads();
+  out[blockIdx.x * count + i] = words[(i + count / 2) % count];
+}
+
+TEST_F(EmulatorTest, FindsAMissingBarrier) {
+  std::vector<int> out(128);
+  EXPECT_EQ(Run(Swap, 64, out.data(), 64, true), "");
+  EXPECT_EQ(out[64 + 3], 35);
+  EXPECT_THAT(Run(Swap, 64, out.data(), 64, false),
+              AnyOf(HasSubstr("no barrier between"), HasSubstr("which nobody wrote")));
+}
+
+// The second write comes while another thread may still read the first.
+__global__ void Reuse(int* out, bool has_barrier) {
+  const Shared<int> words(0, 64);
+  const int i = threadIdx.x;
+  words[i] = i;
+  __syncthreads();
+  out[i] = words[63 - i];
+  if (has_barrier) __syncthreads();
+  words[i] = -i;
+}
+
+TEST_F(EmulatorTest, FindsAWriteToWhatIsStillRead) {
+  std::vector<int> out(64);
+  EXPECT_EQ(Run(Reuse, 64, out.data(), true), "");
+  EXPECT_THAT(Run(Reuse, 64, out.data(), false), HasSubstr("no barrier between"));
+}
+
+__global__ void SwapInWarp(int* out, bool has_barrier) {
+  const Shared<int> words(0, 64);
+  const int i = threadIdx.x;
+  words[i] = i;
+  if (has_barrier) __syncwarp();
+  out[i] = words[i ^ 1];
+}
+
+TEST_F(EmulatorTest, KnowsTheBarrierOfAWarp) {
+  std::vector<int> out(64);
+  EXPECT_EQ(Run(SwapInWarp, 64, out.data(), true), "");
+  EXPECT_EQ(out[5], 4);
+  EXPECT_NE(Run(SwapInWarp, 64, out.data(), false), "");
+}
+
+__global__ void ReadWord(int* out, int word) {
+  const Shared<int> words(0, 32);
+  words[threadIdx.x] = 1;
+  if (threadIdx.x == 0) out[0] = words[word];
+}
+__global__ void ReadUnwritten(int* out) {
+  const Shared<int> words(0, 32);
+  if (threadIdx.x == 1) words[1] = 1;
+  if (threadIdx.x == 0) out[0] = words[0];
+}
+__global__ void AskTooMuch(int* out) {
+  const Shared<int> words(0, 4096);
+  words[4000] = 1;
+  out[0] = words[4000];
+}
+
+TEST_F(EmulatorTest, FindsReadsOutsideOfSharedMemoryAndOfWhatNobodyWrote) {
+  int out = 0;
+  EXPECT_EQ(Run(ReadWord, 32, &out, 0), "");
+  EXPECT_THAT(Run(ReadWord, 32, &out, 32), HasSubstr("outside of a shared array"));
+  EXPECT_THAT(Run(ReadWord, 32, &out, -1), HasSubstr("outside of a shared array"));
+  EXPECT_THAT(Run(ReadUnwritten, 32, &out), HasSubstr("nobody wrote"));
+  EXPECT_THAT(Run(AskTooMuch, 32, &out), HasSubstr("of shared memory"));
+}
+
+__global__ void DivergentBarrier() {
+  if (threadIdx.x < 7) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+__global__ void SomeLeave() {
+  if (threadIdx.x == 9) return;
+  __syncthreads();
+}
+__global__ void HalfAWarp(float* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+}
+__global__ void TwoFunctions(float* out) {
+  if (threadIdx.x < 16) {
+    out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+  } else {
+    __syncwarp();
+  }
+}
+
+TEST_F(EmulatorTest, FindsThreadsThatDoNotMeet) {
+  std::vector<float> out(32);
+  EXPECT_THAT(Run(DivergentBarrier, 32), HasSubstr("barrier of line"));
+  EXPECT_THAT(Run(SomeLeave, 64), HasSubstr("1 threads that are gone"));
+  EXPECT_THAT(Run(HalfAWarp, 32, out.data()), HasSubstr("not all lanes come"));
+  EXPECT_THAT(Run(TwoFunctions, 32, out.data()), HasSubstr("while other lanes are in"));
+}
+
+__global__ void WriteAt(int* out, int i) {
+  if (threadIdx.x == 0) out[i] = 7;
+}
+__global__ void LoadAt(const unsigned char* from, unsigned* out) { *out = Load16(from).x; }
+
+TEST_F(EmulatorTest, FindsWritesBesideAnAllocationAndMisplacedLoads) {
+  void* memory = nullptr;
+  ASSERT_EQ(cudaMalloc(&memory, 40), cudaSuccess);
+  EXPECT_EQ(Run(WriteAt, 32, static_cast<int*>(memory), 9), "");
+  unsigned out = 0;
+  EXPECT_EQ(Run(LoadAt, 32, static_cast<unsigned char*>(memory), &out), "");
+  EXPECT_THAT(Run(LoadAt, 32, static_cast<unsigned char*>(memory) + 8, &out), HasSubstr("from between their places"));
+#if !defined(__SANITIZE_ADDRESS__)  // which ends the process
+  EXPECT_THAT(Run(WriteAt, 32, static_cast<int*>(memory), 10), HasSubstr("beside an allocation of 40 bytes"));
+  static_cast<int*>(memory)[10] = static_cast<int>(0xa5a5a5a5);
+#endif
+  EXPECT_EQ(cudaFree(memory), cudaSuccess);
+}
+
+TEST_F(EmulatorTest, RefusesTheDefaultStreamAndWhatNoGpuLaunches) {
+  EXPECT_EQ(Launch(DivergentBarrier, dim3(1), 32, 0, nullptr), cudaErrorInvalidValue);
+  EXPECT_NE(Launch(SomeLeave, dim3(1), 33, 0, stream_), cudaSuccess);
+  EXPECT_NE(Launch(SomeLeave, dim3(1), 2048, 0, stream_), cudaSuccess);
+  EXPECT_NE(Launch(SomeLeave, dim3(1), 32, 200 << 10, stream_), cudaSuccess);
+}
+
+// a [16, 16] times b [16, 8], both of small integers, which bf16 holds: one term, and a second that is an eighth.
+__global__ void Multiply(const float* a, const float* b, float* out) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto pair = [](float x, float y) { return __byte_perm(__float_as_uint(x), __float_as_uint(y), 0x7632); };
+  uint32_t as[2][4], bs[1][2];
+  for (int part = 0; part < 4; ++part) {
+    const float* from = a + (g + part % 2 * 8) * 16 + 2 * t + part / 2 * 8;
+    as[0][part] = pair(from[0], from[1]);
+    as[1][part] = pair(from[0] / 8, from[1] / 8);
+  }
+  for (int part = 0; part < 2; ++part) {
+    const float* from = b + (2 * t + part * 8) * 8 + g;
+    bs[0][part] = pair(from[0], from[8]);
+  }
+  float high[4] = {}, low[4] = {1, 1, 1, 1};
+  MultiplyTerms(high, low, as, bs);
+  for (int i = 0; i < 4; ++i) {
+    out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = high[i];
+    out[128 + (g + i / 2 * 8) * 8 + 2 * t + i % 2] = low[i];
+  }
+}
+
+TEST_F(EmulatorTest, MultipliesAsFragmentsSay) {
+  std::vector<float> a(256), b(128), out(256);
+  for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(i * 7 % 31 - 15);
+  for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(i * 5 % 29 - 14);
+  EXPECT_EQ(Run(Multiply, 32, a.data(), b.data(), out.data()), "");
+  for (int i = 0; i < 128; ++i) {
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += a[i / 8 * 16 + k] * b[k * 8 + i % 8];
+    EXPECT_EQ(out[i], sum) << i;
+    EXPECT_EQ(out[128 + i], sum / 8 + 1) << i;
+  }
+}
+
+}  // namespace
+}  // namespace rankwise::cuda_emulation

@@ -1,0 +1,164 @@
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "absl/strings/str_cat.h"
+#include "tests/cuda_emulation/emulator.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
+namespace rankwise::cuda_emulation {
+namespace {
+
+constexpr size_t kGuardBytes = 256;
+constexpr unsigned char kGuard = 0xa5;
+
+size_t RoundUp(size_t x, size_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Ranks are threads of one process: one table for all.
+struct Allocations {
+  std::mutex mutex;
+  std::map<unsigned char*, size_t> bytes;
+};
+Allocations& TheAllocations() {
+  static auto* allocations = new Allocations();
+  return *allocations;
+}
+
+// AddressSanitizer guards the bands itself, and reading them is what it forbids.
+bool IsIntact([[maybe_unused]] const unsigned char* begin, [[maybe_unused]] const unsigned char* end) {
+#if !defined(__SANITIZE_ADDRESS__)
+  for (const unsigned char* p = begin; p < end; ++p) {
+    if (*p != kGuard) return false;
+  }
+#endif
+  return true;
+}
+
+thread_local std::string last_fault;
+
+cudaError_t NeedsStream(cudaStream_t stream) { return stream ? cudaSuccess : cudaErrorInvalidValue; }
+
+}  // namespace
+
+std::string CheckAllocations() {
+  Allocations& all = TheAllocations();
+  const std::lock_guard lock(all.mutex);
+  for (const auto& [memory, bytes] : all.bytes) {
+    const unsigned char* end = memory + bytes;
+    if (!IsIntact(memory - kGuardBytes, memory) || !IsIntact(end, memory + RoundUp(bytes, kGuardBytes) + kGuardBytes)) {
+      return absl::StrCat("a kernel wrote beside an allocation of ", bytes, " bytes");
+    }
+  }
+  return "";
+}
+
+cudaError_t ReportLaunch(cudaStream_t stream, const std::string& fault) {
+  if (NeedsStream(stream) != cudaSuccess) return cudaErrorInvalidValue;
+  if (fault.empty()) return cudaSuccess;
+  last_fault = fault;
+  return cudaErrorLaunchFailure;
+}
+
+}  // namespace rankwise::cuda_emulation
+
+using namespace rankwise::cuda_emulation;
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorLaunchFailure:
+      return last_fault.c_str();
+    default:
+      return "invalid argument";
+  }
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 2;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 || device == 1 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {
+      .name = "emulated", .totalGlobalMem = size_t{4} << 30, .major = 8, .minor = 0, .multiProcessorCount = 6};
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = reinterpret_cast<cudaStream_t>(new char);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete reinterpret_cast<char*>(stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return NeedsStream(stream); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = reinterpret_cast<cudaEvent_t>(new char);
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete reinterpret_cast<char*>(event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return NeedsStream(stream); }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  const size_t whole = RoundUp(bytes, kGuardBytes) + 2 * kGuardBytes;
+  auto* begin = static_cast<unsigned char*>(std::aligned_alloc(kGuardBytes, whole));
+  if (begin == nullptr) return cudaErrorMemoryAllocation;
+  std::memset(begin, kGuard, whole);
+  std::memset(begin + kGuardBytes, 0xff, bytes);
+  ASAN_POISON_MEMORY_REGION(begin, kGuardBytes);
+  ASAN_POISON_MEMORY_REGION(begin + kGuardBytes + bytes, whole - kGuardBytes - bytes);
+  *memory = begin + kGuardBytes;
+  Allocations& all = TheAllocations();
+  const std::lock_guard lock(all.mutex);
+  all.bytes[begin + kGuardBytes] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  if (memory == nullptr) return cudaSuccess;
+  const std::string fault = CheckAllocations();
+  auto* begin = static_cast<unsigned char*>(memory) - kGuardBytes;
+  {
+    Allocations& all = TheAllocations();
+    const std::lock_guard lock(all.mutex);
+    if (all.bytes.erase(begin + kGuardBytes) == 0) return cudaErrorInvalidValue;
+  }
+  ASAN_UNPOISON_MEMORY_REGION(begin, 1);
+  std::free(begin);
+  last_fault = fault;
+  return fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFreeHost(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  return NeedsStream(stream);
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  if (bytes > 0) std::memset(memory, value, bytes);
+  return NeedsStream(stream);
+}
