@@ -1,15 +1,11 @@
 #include "worker/weights/quantize.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
@@ -18,12 +14,12 @@
 #include "worker/weights/checkpoint.h"
 #include "worker/weights/json.h"
 #include "worker/weights/matrix_parts.h"
+#include "worker/weights/model_folder.h"
 #include "worker/weights/safetensors.h"
 
 namespace rankwise::weights {
 namespace {
 
-namespace fs = std::filesystem;
 using kernels::MatrixView;
 
 constexpr char kMarker[] = "quantized_by_rankwise.json";
@@ -185,28 +181,11 @@ absl::Status WriteConfig(const std::string& model_dir, const std::string& folder
   return WriteFileAtomically(folder + "/config.json", config.dump(2) + "\n");
 }
 
-// What a model folder has beside its weights.
-absl::Status CopyTheRest(const std::string& model_dir, const std::string& folder) {
-  std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(model_dir, error)) {
-    const std::string name = entry.path().filename(), extension = entry.path().extension();
-    const bool is_wanted = (extension == ".json" && name != "config.json" && !absl::EndsWith(name, ".index.json")) ||
-                           extension == ".model" || extension == ".tiktoken" || name == "merges.txt";
-    if (!entry.is_regular_file() || !is_wanted) continue;
-    fs::copy_file(entry.path(), fs::path(folder) / name, error);
-    if (error) return absl::InternalError(absl::StrCat("cannot copy ", name, ": ", error.message()));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status Fill(const TensorListing& listing, const Scalings& scalings, const std::string& model_dir,
                   const std::string& folder, const QuantizeOptions& options, const QuantizeProgress& progress) {
-  std::error_code error;
-  fs::create_directories(folder, error);
-  if (error) return absl::InternalError(absl::StrCat("cannot create ", folder, ": ", error.message()));
   RW_RETURN_IF_ERROR(WriteTensors(listing.tensors, scalings, folder + "/model.safetensors", options, progress));
   RW_RETURN_IF_ERROR(WriteConfig(model_dir, folder, options));
-  RW_RETURN_IF_ERROR(CopyTheRest(model_dir, folder));
+  RW_RETURN_IF_ERROR(CopyTokenizerFiles(model_dir, folder));
   const nlohmann::json marker = {
       {"model", listing.checkpoint->fingerprint()},
       {"bits", options.bits},
@@ -255,25 +234,11 @@ absl::Status WriteQuantized(const std::string& model_dir, const std::string& des
     return absl::FailedPreconditionError(absl::StrCat(model_dir, " is quantised already"));
   }
   RW_RETURN_IF_ERROR(CheckShapes(listing.tensors, options));
-  RW_ASSIGN_OR_RETURN(const Scalings scalings, ScalingsOf(listing, options, progress));
-  std::error_code error;
-  const fs::path path = fs::absolute(destination, error).lexically_normal();
-  const std::string folder = path.has_filename() ? path : path.parent_path();  // "x/" is x
-  const bool exists = !error && fs::exists(folder, error);
-  if (error) return absl::InvalidArgumentError(absl::StrCat(destination, ": ", error.message()));
-  if (exists && !options.replaces)
-    return absl::AlreadyExistsError(absl::StrCat(folder, " exists; --force replaces it"));
-  if (exists && !fs::exists(folder + "/" + kMarker)) {
-    return absl::FailedPreconditionError(absl::StrCat(folder, " was not written by quantize, so it is not replaced"));
-  }
-  const std::string temporary = absl::StrCat(folder, ".", getpid(), ".tmp");
-  absl::Status written = Fill(listing, scalings, model_dir, temporary, options, progress);
-  if (written.ok() && exists) fs::remove_all(folder, error);
-  if (written.ok()) fs::rename(temporary, folder, error);
-  if (written.ok() && error)
-    written = absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
-  if (!written.ok()) fs::remove_all(temporary, error);
-  return written;
+  return WriteFolder(destination, {.replaces = options.replaces, .marker = kMarker},
+                     [&](const std::string& folder) -> absl::Status {
+                       RW_ASSIGN_OR_RETURN(const Scalings scalings, ScalingsOf(listing, options, progress));
+                       return Fill(listing, scalings, model_dir, folder, options, progress);
+                     });
 }
 
 }  // namespace rankwise::weights

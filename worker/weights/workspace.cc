@@ -1,27 +1,24 @@
 #include "worker/weights/workspace.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <span>
 #include <vector>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/digest.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/weights/matrix_parts.h"
+#include "worker/weights/model_folder.h"
 #include "worker/weights/turbomind_config.h"
 #include "worker/weights/workspace_layout.h"
 
 namespace rankwise::weights {
 namespace {
 
-namespace fs = std::filesystem;
 using kernels::DType;
 using kernels::MatrixView;
 
@@ -202,43 +199,16 @@ absl::Status CheckRepresentable(const ModelConfig& config, int world_size) {
   return absl::OkStatus();
 }
 
-// Tokenizer models and the JSON files beside them, but neither weights nor their index.
-absl::Status CopyTokenizer(const std::string& source, const std::string& folder) {
-  std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(source, error)) {
-    const std::string name = entry.path().filename();
-    const std::string extension = entry.path().extension();
-    if (!entry.is_regular_file() || absl::EndsWith(name, ".index.json")) continue;
-    if (extension != ".json" && extension != ".model" && extension != ".tiktoken" && name != "merges.txt") continue;
-    fs::copy_file(entry.path(), fs::path(folder) / name, error);
-    if (error) return absl::InternalError(absl::StrCat("cannot copy ", name, ": ", error.message()));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status Fill(const Checkpoint& checkpoint, const std::string& model_dir, const std::string& folder,
                   const WorkspaceOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
   std::error_code error;
-  fs::create_directories(WorkspaceWeights(folder), error);
-  if (!error) fs::create_directories(WorkspaceTokenizer(folder), error);
-  if (error) return absl::InternalError(absl::StrCat("cannot create ", folder, ": ", error.message()));
-  RW_RETURN_IF_ERROR(Writer(checkpoint, WorkspaceWeights(folder), options, progress).WriteAll());
-  return CopyTokenizer(IsWorkspace(model_dir) ? WorkspaceTokenizer(model_dir) : model_dir, WorkspaceTokenizer(folder));
-}
-
-// Puts `temporary` in the place of `folder`; what is there is removed when the other is in place.
-absl::Status MoveInto(const std::string& temporary, const std::string& folder) {
-  const std::string replaced = temporary + ".old";
-  std::error_code error, ignored;
-  const bool exists = fs::exists(folder, ignored);
-  if (exists) fs::rename(folder, replaced, error);
-  if (!error) {
-    fs::rename(temporary, folder, error);
-    if (error && exists) fs::rename(replaced, folder, ignored);
+  for (const std::string& part : {WorkspaceWeights(folder), WorkspaceTokenizer(folder)}) {
+    std::filesystem::create_directories(part, error);
+    if (error) return absl::InternalError(absl::StrCat("cannot create ", part, ": ", error.message()));
   }
-  if (error) return absl::InternalError(absl::StrCat("cannot write ", folder, ": ", error.message()));
-  if (exists) fs::remove_all(replaced, ignored);
-  return absl::OkStatus();
+  RW_RETURN_IF_ERROR(Writer(checkpoint, WorkspaceWeights(folder), options, progress).WriteAll());
+  return CopyTokenizerFiles(IsWorkspace(model_dir) ? WorkspaceTokenizer(model_dir) : model_dir,
+                            WorkspaceTokenizer(folder));
 }
 
 }  // namespace
@@ -249,23 +219,8 @@ absl::Status WriteWorkspace(const Checkpoint& checkpoint, const std::string& mod
   if (options.model_name.find_first_of("\r\n") != std::string::npos) {
     return absl::InvalidArgumentError("model_name has more than one line");
   }
-  std::error_code error;
-  const fs::path path = fs::absolute(destination, error).lexically_normal();
-  const std::string folder = path.has_filename() ? path : path.parent_path();  // "x/" is x
-  const bool exists = !error && fs::exists(folder, error);
-  if (error) return absl::InvalidArgumentError(absl::StrCat(destination, ": ", error.message()));
-  if (exists && !options.replaces) {
-    return absl::AlreadyExistsError(absl::StrCat(folder, " exists; --force replaces it"));
-  }
-  if (exists && !IsWorkspace(folder)) {
-    return absl::FailedPreconditionError(absl::StrCat(folder, " is not a workspace, so it is not replaced"));
-  }
-  const std::string temporary = absl::StrCat(folder, ".", getpid(), ".tmp");
-  if (fs::exists(temporary, error)) return absl::AlreadyExistsError(absl::StrCat(temporary, " exists"));
-  absl::Status written = Fill(checkpoint, model_dir, temporary, options, progress);
-  if (written.ok()) written = MoveInto(temporary, folder);
-  if (!written.ok()) fs::remove_all(temporary, error);
-  return written;
+  return WriteFolder(destination, {.replaces = options.replaces, .marker = kWorkspaceConfig},
+                     [&](const std::string& folder) { return Fill(checkpoint, model_dir, folder, options, progress); });
 }
 
 }  // namespace rankwise::weights

@@ -53,7 +53,7 @@ std::string WorkspaceTokenizer(const std::string& folder) { return folder + "/tr
 
 bool IsWorkspace(const std::string& folder) {
   std::error_code error;
-  return std::filesystem::exists(WorkspaceWeights(folder) + "/config.ini", error);
+  return std::filesystem::exists(folder + "/" + kWorkspaceConfig, error);
 }
 
 int64_t WorkspaceFile::bytes() const {

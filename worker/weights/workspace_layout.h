@@ -16,7 +16,8 @@ namespace rankwise::weights {
 std::string WorkspaceWeights(const std::string& folder);
 // <folder>/triton_models/tokenizer: the tokenizer's files and the JSON files beside them.
 std::string WorkspaceTokenizer(const std::string& folder);
-bool IsWorkspace(const std::string& folder);  // there is a config.ini
+inline constexpr char kWorkspaceConfig[] = "triton_models/weights/config.ini";
+bool IsWorkspace(const std::string& folder);  // there is a kWorkspaceConfig
 
 // A tensor file: no header, little-endian 16-bit words, row-major. {file} below is 0 … tp - 1.
 struct WorkspaceFile {
