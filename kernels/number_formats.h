@@ -32,13 +32,16 @@ inline uint32_t LoadWord(const std::byte* words, int64_t index) {
   return word;
 }
 
+// Where in its word of a GroupedMatrix the value of output `out` begins, in bits.
+constexpr int GroupedShift(int bits, int64_t out) {
+  const auto in_word = static_cast<int>(out % (32 / bits));
+  return bits * (bits == 4 ? (in_word % 2) * 4 + in_word / 2 : in_word);
+}
 // Value [row][out] of a tensor of GroupedMatrix's words.
 inline int GroupedValue(const GroupedMatrix& m, const std::byte* words, int64_t row, int64_t out) {
   const int64_t per_word = 32 / m.bits;
-  const auto in_word = static_cast<int>(out % per_word);
-  const int place = m.bits == 4 ? (in_word % 2) * 4 + in_word / 2 : in_word;
   const uint32_t word = LoadWord(words, row * (m.n_out / per_word) + out / per_word);
-  return static_cast<int>(word >> (place * m.bits) & ((1u << m.bits) - 1));
+  return static_cast<int>(word >> GroupedShift(m.bits, out) & ((1u << m.bits) - 1));
 }
 inline uint16_t GroupedScale(const GroupedMatrix& m, int64_t group, int64_t out) {
   uint16_t bits;

@@ -12,6 +12,7 @@
 #include "kernels/number_formats.h"
 #include "worker/weights/activation_scaling.h"
 #include "worker/weights/checkpoint.h"
+#include "worker/weights/grouped_words.h"
 #include "worker/weights/json.h"
 #include "worker/weights/matrix_parts.h"
 #include "worker/weights/model_folder.h"
@@ -24,30 +25,15 @@ using kernels::MatrixView;
 
 constexpr char kMarker[] = "quantized_by_rankwise.json";
 
-// Where value `out` of eight (or four) lies in a word; see kernels::GroupedMatrix.
-int ShiftOf(int64_t out, int bits) {
-  const auto in_word = static_cast<int>(out % (32 / bits));
-  return bits * (bits == 4 ? in_word % 2 * 4 + in_word / 2 : in_word);
-}
-
-struct Words {
-  std::vector<uint32_t> qweight, qzeros;
-  std::vector<uint16_t> scales;
-};
-
 // Element [i] of scales that may be absent.
 float At(const std::vector<float>& scales, int64_t i) { return scales.empty() ? 1.0f : scales[i]; }
 
-absl::StatusOr<Words> QuantizeMatrix(const MatrixView& w, const TensorScaling& scaling,
-                                     const QuantizeOptions& options) {
-  const int64_t per_word = 32 / options.bits, row_words = w.rows / per_word, groups = w.cols / options.group_size;
-  Words words{.qweight = std::vector<uint32_t>(w.cols * row_words),
-              .qzeros = std::vector<uint32_t>(groups * row_words),
-              .scales = std::vector<uint16_t>(groups * w.rows)};
+absl::StatusOr<GroupedWords> QuantizeMatrix(const MatrixView& w, const TensorScaling& scaling,
+                                            const QuantizeOptions& options) {
+  GroupedWords words(w.rows, w.cols, options.bits, options.group_size);
   std::vector<float> values(options.group_size), importance(options.group_size);
   for (int64_t out = 0; out < w.rows; ++out) {
-    const int shift = ShiftOf(out, options.bits);
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t group = 0; group < w.cols / options.group_size; ++group) {
       for (int32_t i = 0; i < options.group_size; ++i) {
         const int64_t in = group * options.group_size + i;
         const float widened = At(scaling.cols, in);
@@ -57,11 +43,9 @@ absl::StatusOr<Words> QuantizeMatrix(const MatrixView& w, const TensorScaling& s
       const QuantizedGroup quantized = QuantizeGroup(values, (1 << options.bits) - 1, importance);
       if (quantized.q.empty())
         return absl::InvalidArgumentError("holds a value that is not finite, or a range beyond f16");
-      words.scales[group * w.rows + out] = quantized.scale;
-      words.qzeros[group * row_words + out / per_word] |= static_cast<uint32_t>(quantized.zero) << shift;
+      words.SetGroup(group, out, static_cast<uint32_t>(quantized.zero), quantized.scale);
       for (int32_t i = 0; i < options.group_size; ++i) {
-        const int64_t in = group * options.group_size + i;
-        words.qweight[in * row_words + out / per_word] |= static_cast<uint32_t>(quantized.q[i]) << shift;
+        words.SetWeight(group * options.group_size + i, out, static_cast<uint32_t>(quantized.q[i]));
       }
     }
   }
@@ -139,7 +123,7 @@ absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const Scaling
     const auto scaled = scalings.find(tensor.name);
     const TensorScaling scaling = scaled == scalings.end() ? TensorScaling() : scaled->second;
     if (tensor.is_linear) {
-      const absl::StatusOr<Words> words = QuantizeMatrix(view, scaling, options);
+      const absl::StatusOr<GroupedWords> words = QuantizeMatrix(view, scaling, options);
       if (!words.ok()) {
         return absl::Status(words.status().code(),
                             absl::StrCat(tensor.name, " ", std::string(words.status().message())));
