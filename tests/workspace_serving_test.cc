@@ -12,6 +12,7 @@
 #include "tests/support/test_data.h"
 #include "tests/support/thread_group.h"
 #include "worker/kv/kv_scales.h"
+#include "worker/weights/quantize.h"
 #include "worker/weights/random_model.h"
 #include "worker/weights/safetensors.h"
 #include "worker/weights/workspace.h"
@@ -78,6 +79,14 @@ class WorkspaceServing : public ::testing::Test {
     }
   }
 
+  // The model with weights of four bits.
+  std::string Quantized(const std::string& model, int32_t group_size) const {
+    const std::string folder = folder_ + "/quantized";
+    EXPECT_EQ(weights::WriteQuantized(model, folder, {.bits = 4, .group_size = group_size, .replaces = true}, {}),
+              absl::OkStatus());
+    return folder;
+  }
+
   // A copy of an f32 model with every tensor rounded to f16.
   std::string Rounded(const std::string& model) const {
     const std::string folder = folder_ + "/rounded";
@@ -139,6 +148,36 @@ TEST_F(WorkspaceServing, EveryFamilyServesTheSameBits) {
   spec.dtype = kernels::DType::kF32;
   ASSERT_EQ(weights::WriteRandomModel(folder_ + "/m", spec), absl::OkStatus());
   ExpectServedRounded(folder_ + "/m");
+}
+
+// Groups of 64 begin inside a rank's slice at tp 4, for which such a workspace cannot be cut.
+TEST_F(WorkspaceServing, WeightsOfFourBitsServeTheSameBits) {
+  for (const char* family : {"llama", "internlm2", "qwen2"}) {
+    const weights::RandomModelSpec spec{.model_type = family,
+                                        .hidden_size = 128,
+                                        .n_heads = 8,
+                                        .n_kv_heads = 4,
+                                        .head_dim = 16,
+                                        .intermediate_size = 256,
+                                        .vocab_size = 511,
+                                        .has_bias = true};
+    ASSERT_EQ(weights::WriteRandomModel(folder_ + "/m", spec), absl::OkStatus());
+    for (const int32_t group_size : {32, 64}) {
+      const std::string quantized = Quantized(folder_ + "/m", group_size);
+      const auto expected = Run(quantized, 1);
+      ASSERT_EQ(expected.size(), 3u);
+      EXPECT_NE(expected, Run(folder_ + "/m", 1));
+      for (const int tp : {2, 4}) EXPECT_EQ(Run(quantized, tp), expected) << "tp " << tp;
+      for (const int cut : {1, 2, 4}) {
+        if (group_size == 64 && cut == 4) continue;
+        SCOPED_TRACE(absl::StrCat(family, ", groups of ", group_size, ", cut for ", cut));
+        const std::string workspace = Convert(quantized, cut);
+        for (const int tp : {1, 2, 4}) EXPECT_EQ(Run(workspace, tp), expected) << "tp " << tp;
+        fs::remove(weights::WorkspaceWeights(workspace) + "/manifest.json");
+        EXPECT_EQ(Run(workspace, 2), expected) << "without a manifest";
+      }
+    }
+  }
 }
 
 TEST_F(WorkspaceServing, TheDemoModelServesTheSameBits) { ExpectSameBits(SourcePath("launch/demo_model")); }

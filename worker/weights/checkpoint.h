@@ -7,11 +7,12 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "worker/shard/shard_plan.h"
+#include "worker/weights/grouped_words.h"
 #include "worker/weights/model_config.h"
 
 namespace rankwise::weights {
 
-// What one rank needs of one decoder layer. Matrices are [n_out, n_in], views into the checkpoint or into `buffers`;
+// What one rank needs of one decoder layer. Matrices are [n_out, n_in], views into the checkpoint or into the buffers;
 // stacked views are row blocks in order. Vectors are f32 copies; an empty one means the model has none.
 struct LayerWeights {
   std::vector<float> attention_norm, mlp_norm;  // [hidden]
@@ -24,7 +25,9 @@ struct LayerWeights {
   std::vector<float> gate_up_bias;              // [2 * intermediate_local]
   kernels::MatrixView w2;                       // [hidden, intermediate_local]
   std::vector<float> w2_bias;                   // [hidden], whole
-  std::vector<std::unique_ptr<uint16_t[]>> buffers;  // this rank's slices of files that hold them transposed
+  // This rank's slices of files that hold them in another order.
+  std::vector<std::unique_ptr<uint16_t[]>> buffers;
+  std::vector<std::unique_ptr<GroupedWords>> grouped_buffers;
 };
 
 struct OuterWeights {
@@ -55,8 +58,8 @@ class Checkpoint {
   virtual const std::string& fingerprint() const = 0;
   // That of this model with every tensor rounded to f16 or bf16.
   virtual std::string FingerprintAs(kernels::DType dtype) const = 0;
-  // Reads all that `plan` needs and compares it with the checksums that came with it: FailedPrecondition names the file
-  // that differs. To be called before the fingerprint is relied upon. OK at once where there are no checksums.
+  // Reads what `plan` needs and compares it with the checksums that came with it, and with what int4 files of a
+  // workspace can hold: FailedPrecondition names the file. To be called before fingerprint and weights are relied upon.
   virtual absl::Status Verify(const shard::ShardPlan& plan) const = 0;
   virtual KvAdvice kv_advice() const { return {}; }
   virtual LayerWeights Layer(int layer, const shard::ShardPlan& plan) const = 0;

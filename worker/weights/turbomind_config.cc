@@ -184,9 +184,13 @@ absl::Status CheckSizes(const TurbomindConfig& config) {
 }
 
 absl::Status CheckSupported(const TurbomindConfig& config) {
-  if (config.weight_type != "fp16" && config.weight_type != "bf16") {
+  if (config.weight_type != "fp16" && config.weight_type != "bf16" && config.weight_type != "int4") {
     return absl::UnimplementedError(
-        absl::StrCat("weight_type=", Shown(config.weight_type), " is not supported: only fp16 and bf16 are"));
+        absl::StrCat("weight_type=", Shown(config.weight_type), " is not supported: fp16, bf16 and int4 are"));
+  }
+  if (config.weight_type == "int4" && config.group_size < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("group_size=", config.group_size, ", but weight_type=int4 has its scales in groups"));
   }
   if (config.quant_policy != 0 && config.quant_policy != 4) {
     return absl::UnimplementedError(absl::StrCat("quant_policy=", config.quant_policy,
@@ -234,6 +238,10 @@ ModelConfig TurbomindConfig::ToModel() const {
   }
   model.sliding_window.assign(num_layer, 0);
   model.has_qkv_bias = model.has_o_bias = attn_bias;
+  if (weight_type == "int4") {
+    model.weight_bits = 4;
+    model.weight_group_size = static_cast<int32_t>(group_size);
+  }
   model.bos_id = static_cast<int32_t>(start_id);
   if (end_id >= 0) model.eos_ids = {static_cast<int32_t>(end_id)};
   return model;
@@ -251,6 +259,8 @@ TurbomindConfig FromModel(const ModelConfig& model) {
           .attn_bias = model.has_qkv_bias || model.has_o_bias,
           .start_id = model.bos_id,
           .end_id = model.eos_ids.empty() ? -1 : model.eos_ids.front(),
+          .weight_type = model.weight_bits == 0 ? "fp16" : absl::StrCat("int", model.weight_bits),
+          .group_size = model.weight_group_size,
           .rotary_embedding = model.rope.rotary_dim,
           .rope_theta = model.rope.theta,
           .rope_scaling_factor = is_dynamic ? model.rope.factor : 0,

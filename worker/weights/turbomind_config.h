@@ -25,9 +25,9 @@ struct TurbomindConfig {
   bool attn_bias = false;
   int64_t start_id = 1;
   int64_t end_id = 2;                // -1: none
-  std::string weight_type = "fp16";  // fp16 or bf16
-  int64_t group_size = 0;
-  int64_t rotary_embedding = 0;  // absent or 0: size_per_head
+  std::string weight_type = "fp16";  // fp16, bf16 or int4
+  int64_t group_size = 0;            // of int4 weights: the inputs that share a scale
+  int64_t rotary_embedding = 0;      // absent or 0: size_per_head
   double rope_theta = 10000;
   double rope_scaling_factor = 0;          // from 1 on: dynamic NTK
   bool use_dynamic_ntk = false;            // before 0.1: dynamic NTK of factor 1
@@ -58,7 +58,7 @@ struct TurbomindConfig {
 TurbomindConfig FromModel(const ModelConfig& model);
 
 // Untrusted text, filled up with the defaults above and checked. InvalidArgument naming key and value, or the line,
-// for what is no such file, absurd or contradictory; Unimplemented for int4, int8 and fp32 weights, log-n attention,
+// for what is no such file, absurd or contradictory; Unimplemented for int8 and fp32 weights, log-n attention,
 // partly rotated heads and keys of other versions.
 absl::StatusOr<TurbomindConfig> ParseTurbomindConfig(const std::string& text);
 std::string FormatTurbomindConfig(const TurbomindConfig& config);

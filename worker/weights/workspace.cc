@@ -14,6 +14,7 @@
 #include "worker/weights/matrix_parts.h"
 #include "worker/weights/model_folder.h"
 #include "worker/weights/turbomind_config.h"
+#include "worker/weights/turbomind_int4.h"
 #include "worker/weights/workspace_layout.h"
 
 namespace rankwise::weights {
@@ -30,21 +31,16 @@ class Writer {
         config_(checkpoint.config()),
         folder_(std::move(folder)),
         options_(options),
-        progress_(progress) {
-    const auto plan = [&](const std::vector<WorkspaceFile>& files) {
-      for (const WorkspaceFile& file : files) {
-        manifest_.files[file.name] = {.shape = file.shape, .bytes = file.bytes()};
-        total_bytes_ += file.bytes();
-      }
-    };
-    plan(OuterFiles(config_, options_.world_size));
-    for (int layer = 0; layer < config_.n_layers; ++layer) plan(LayerFiles(config_, options_.world_size, layer));
-  }
+        progress_(progress) {}
 
   absl::Status WriteAll() {
     RW_ASSIGN_OR_RETURN(const shard::ShardPlan whole, shard::PlanShard(config_.dims(), {.rank = 0, .world_size = 1}));
     const OuterWeights outer = checkpoint_.Outer(whole);
-    dtype_ = outer.embedding.dtype == DType::kBF16 ? DType::kBF16 : DType::kF16;
+    dtype_ = !IsInt4() && outer.embedding.dtype == DType::kBF16 ? DType::kBF16 : DType::kF16;
+    Plan(OuterFiles(config_, options_.world_size, dtype_));
+    for (int layer = 0; layer < config_.n_layers; ++layer) {
+      Plan(LayerFiles(config_, options_.world_size, layer, dtype_));
+    }
     RW_RETURN_IF_ERROR(WritePaddedVocabulary("tok_embeddings.weight", outer.embedding));
     RW_RETURN_IF_ERROR(WriteVector("norm.weight", outer.final_norm));
     RW_RETURN_IF_ERROR(WritePaddedVocabulary("output.weight", outer.output));
@@ -57,11 +53,20 @@ class Writer {
   }
 
  private:
+  bool IsInt4() const { return config_.weight_bits == 4; }
+
+  void Plan(const std::vector<WorkspaceFile>& files) {
+    for (const WorkspaceFile& file : files) {
+      manifest_.files[file.name] = {.shape = file.shape, .bytes = file.bytes(), .dtype = file.dtype};
+      total_bytes_ += file.bytes();
+    }
+  }
+
   absl::Status WriteConfig() const {
     TurbomindConfig config = FromModel(config_);
     config.model_name = options_.model_name;
     config.tensor_para_size = options_.world_size;
-    config.weight_type = dtype_ == DType::kBF16 ? "bf16" : "fp16";
+    if (dtype_ == DType::kBF16) config.weight_type = "bf16";
     return WriteFileAtomically(absl::StrCat(folder_, "/config.ini"), FormatTurbomindConfig(config));
   }
 
@@ -74,19 +79,24 @@ class Writer {
     return WriteFileAtomically(absl::StrCat(folder_, "/manifest.json"), FormatManifest(manifest_));
   }
 
-  absl::Status Write(const std::string& name, const std::vector<uint16_t>& words) {
-    const auto bytes = static_cast<int64_t>(words.size() * sizeof(uint16_t));
-    const auto listed = manifest_.files.find(name);
-    RW_CHECK(listed != manifest_.files.end() && listed->second.bytes == bytes && listed->second.xxh3.empty(), name);
+  absl::Status WriteFloats(const std::string& name, const std::vector<uint16_t>& words) {
     const uint16_t exponent = dtype_ == DType::kBF16 ? 0x7F80 : 0x7C00;
     if (std::ranges::any_of(words, [exponent](uint16_t word) { return (word & exponent) == exponent; })) {
       return absl::OutOfRangeError(
           absl::StrCat(name, " would hold values that ", kernels::DTypeName(dtype_), " cannot"));
     }
-    listed->second.xxh3 = Digest({reinterpret_cast<const char*>(words.data()), static_cast<size_t>(bytes)});
+    return Write(name, std::as_bytes(std::span(words)));
+  }
+
+  absl::Status Write(const std::string& name, std::span<const std::byte> content) {
+    const auto* data = reinterpret_cast<const char*>(content.data());
+    const auto bytes = static_cast<int64_t>(content.size());
+    const auto listed = manifest_.files.find(name);
+    RW_CHECK(listed != manifest_.files.end() && listed->second.bytes == bytes && listed->second.xxh3.empty(), name);
+    listed->second.xxh3 = Digest({data, content.size()});
     const std::string path = absl::StrCat(folder_, "/", name);
     std::ofstream file(path, std::ios::binary | std::ios::trunc);
-    file.write(reinterpret_cast<const char*>(words.data()), bytes);
+    file.write(data, bytes);
     file.close();
     if (!file) return absl::InternalError(absl::StrCat("cannot write ", path));
     written_bytes_ += bytes;
@@ -98,7 +108,7 @@ class Writer {
     std::vector<uint16_t> words;
     words.reserve(values.size());
     for (const float value : values) words.push_back(RoundTo16(value, dtype_));
-    return Write(name, words);
+    return WriteFloats(name, words);
   }
 
   absl::Status WritePaddedVocabulary(const std::string& name, const MatrixView& view) {
@@ -106,26 +116,40 @@ class Writer {
     for (int64_t row = 0; row < view.rows; ++row) {
       for (int64_t col = 0; col < view.cols; ++col) words[row * view.cols + col] = WordAt(view, row, col, dtype_);
     }
-    return Write(name, words);
+    return WriteFloats(name, words);
   }
 
-  // Stacked row blocks [Σ rows, n_in], transposed to [n_in, Σ rows]; output column i is source row order(i).
+  // The rows of stacked blocks, row order(i) first to last.
   template <typename Order>
-  absl::Status WriteTransposed(const std::string& name, std::span<const MatrixView> blocks, const Order& order) {
-    constexpr int64_t kTile = 32;  // words of one cache line
-    std::vector<MatrixView> rows;
+  static std::vector<MatrixView> Rows(std::span<const MatrixView> blocks, const Order& order) {
+    std::vector<MatrixView> rows, ordered;
     for (const MatrixView& block : blocks) {
       for (int64_t row = 0; row < block.rows; ++row) rows.push_back(RowsOf(block, {row, row + 1}));
     }
-    const int64_t n_in = blocks.front().cols, n_out = static_cast<int64_t>(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) ordered.push_back(rows[order(static_cast<int64_t>(i))]);
+    return ordered;
+  }
+
+  // Files `stem`.…, in which rows[i] is output column i.
+  absl::Status WriteMatrix(const std::string& stem, const std::vector<MatrixView>& rows) {
+    if (!IsInt4()) return WriteTransposed(stem + ".weight", rows);
+    const Int4Words words = ToTurbomindInt4(rows);
+    RW_RETURN_IF_ERROR(Write(stem + ".qweight", std::as_bytes(std::span(words.qweight))));
+    return WriteFloats(stem + ".scales_zeros", words.scales_zeros);
+  }
+
+  // [n_out, n_in] to [n_in, n_out].
+  absl::Status WriteTransposed(const std::string& name, const std::vector<MatrixView>& rows) {
+    constexpr int64_t kTile = 32;  // words of one cache line
+    const int64_t n_in = rows.front().cols, n_out = static_cast<int64_t>(rows.size());
     std::vector<uint16_t> words(n_in * n_out);
     for (int64_t tile = 0; tile < n_out; tile += kTile) {
       const int64_t end = std::min(tile + kTile, n_out);
       for (int64_t in = 0; in < n_in; ++in) {
-        for (int64_t out = tile; out < end; ++out) words[in * n_out + out] = WordAt(rows[order(out)], 0, in, dtype_);
+        for (int64_t out = tile; out < end; ++out) words[in * n_out + out] = WordAt(rows[out], 0, in, dtype_);
       }
     }
-    return Write(name, words);
+    return WriteFloats(name, words);
   }
 
   absl::Status WriteLayer(int layer, int rank) {
@@ -137,28 +161,31 @@ class Writer {
     const auto rope_order = [&](int64_t i) { return i < rotated ? i / dim * dim + RopeSource(i % dim, dim) : i; };
     const auto same_order = [](int64_t i) { return i; };
     const std::string prefix = absl::StrCat("layers.", layer, ".");
-    const auto file = [&](const char* name, const char* kind) {
-      return absl::StrCat(prefix, name, ".", rank, ".", kind);
-    };
+    const auto stem = [&](const char* name) { return absl::StrCat(prefix, name, ".", rank); };
 
     if (rank == 0) {
       RW_RETURN_IF_ERROR(WriteVector(prefix + "attention_norm.weight", weights.attention_norm));
       RW_RETURN_IF_ERROR(WriteVector(prefix + "ffn_norm.weight", weights.mlp_norm));
     }
-    RW_RETURN_IF_ERROR(WriteTransposed(file("attention.w_qkv", "weight"), weights.qkv, rope_order));
-    RW_RETURN_IF_ERROR(WriteTransposed(file("attention.wo", "weight"), std::span(&weights.wo, 1), same_order));
+    RW_RETURN_IF_ERROR(WriteMatrix(stem("attention.w_qkv"), Rows(weights.qkv, rope_order)));
+    RW_RETURN_IF_ERROR(WriteMatrix(stem("attention.wo"), Rows(std::span(&weights.wo, 1), same_order)));
     if (config_.has_qkv_bias) {
       std::vector<float> bias(weights.qkv_bias.size());
       for (size_t i = 0; i < bias.size(); ++i) bias[i] = weights.qkv_bias[rope_order(static_cast<int64_t>(i))];
-      RW_RETURN_IF_ERROR(WriteVector(file("attention.w_qkv", "bias"), bias));
+      RW_RETURN_IF_ERROR(WriteVector(stem("attention.w_qkv") + ".bias", bias));
       // attn_bias promises a bias of wo too.
       const std::vector<float> none(config_.hidden_size, 0);
-      RW_RETURN_IF_ERROR(WriteVector(file("attention.wo", "bias"), weights.wo_bias.empty() ? none : weights.wo_bias));
+      RW_RETURN_IF_ERROR(WriteVector(stem("attention.wo") + ".bias", weights.wo_bias.empty() ? none : weights.wo_bias));
     }
     const std::span<const MatrixView> gate_up = weights.gate_up;
-    RW_RETURN_IF_ERROR(WriteTransposed(file("feed_forward.w1", "weight"), gate_up.subspan(0, 1), same_order));
-    RW_RETURN_IF_ERROR(WriteTransposed(file("feed_forward.w3", "weight"), gate_up.subspan(1, 1), same_order));
-    return WriteTransposed(file("feed_forward.w2", "weight"), std::span(&weights.w2, 1), same_order);
+    if (IsInt4()) {
+      const auto alternating = [inner = plan.intermediate.count()](int64_t i) { return i % 2 * inner + i / 2; };
+      RW_RETURN_IF_ERROR(WriteMatrix(stem("feed_forward.w13"), Rows(gate_up, alternating)));
+    } else {
+      RW_RETURN_IF_ERROR(WriteMatrix(stem("feed_forward.w1"), Rows(gate_up.subspan(0, 1), same_order)));
+      RW_RETURN_IF_ERROR(WriteMatrix(stem("feed_forward.w3"), Rows(gate_up.subspan(1, 1), same_order)));
+    }
+    return WriteMatrix(stem("feed_forward.w2"), Rows(std::span(&weights.w2, 1), same_order));
   }
 
   const Checkpoint& checkpoint_;
@@ -175,7 +202,7 @@ absl::Status CheckRepresentable(const ModelConfig& config, int world_size) {
   const auto refuse = [](const auto&... parts) {
     return absl::UnimplementedError(absl::StrCat("a TurboMind 0.2 workspace has no ", parts...));
   };
-  if (config.weight_bits > 0) return refuse("weights of ", config.weight_bits, " bits here; serve the model folder");
+  if (config.weight_bits == 8) return refuse("weights of 8 bits; serve the model folder");
   if (config.has_qk_norm) return refuse("q/k norms");
   if (config.has_mlp_bias) return refuse("MLP biases");
   if (config.has_o_bias && !config.has_qkv_bias) return refuse("bias of wo without those of q, k and v");
@@ -196,7 +223,7 @@ absl::Status CheckRepresentable(const ModelConfig& config, int world_size) {
     return refuse("tp=", world_size, " that does not divide n_kv_heads=", config.n_kv_heads,
                   " and intermediate_size=", config.intermediate_size);
   }
-  return absl::OkStatus();
+  return CheckInt4Files(config, world_size);
 }
 
 absl::Status Fill(const Checkpoint& checkpoint, const std::string& model_dir, const std::string& folder,

@@ -6,6 +6,7 @@
 #include <optional>
 #include <set>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/digest.h"
@@ -13,6 +14,7 @@
 #include "base/status_macros.h"
 #include "worker/weights/matrix_parts.h"
 #include "worker/weights/turbomind_config.h"
+#include "worker/weights/turbomind_int4.h"
 #include "worker/weights/workspace_layout.h"
 
 namespace rankwise::weights {
@@ -25,6 +27,7 @@ using shard::ShardPlan;
 
 constexpr size_t kConfigBytesMost = 64 << 10;
 constexpr size_t kManifestBytesMost = 64 << 20;
+constexpr char kScalesZeros[] = "scales_zeros";
 
 absl::Status InFile(const std::string& path, const absl::Status& status) {
   if (status.ok()) return status;
@@ -54,8 +57,10 @@ class WorkspaceCheckpoint : public Checkpoint {
     weights_dir_ = WorkspaceWeights(folder);
     RW_RETURN_IF_ERROR(ReadConfig());
     RW_RETURN_IF_ERROR(ReadManifest());
-    RW_RETURN_IF_ERROR(Map(OuterFiles(config_, tp_)));
-    for (int layer = 0; layer < config_.n_layers; ++layer) RW_RETURN_IF_ERROR(Map(LayerFiles(config_, tp_, layer)));
+    RW_RETURN_IF_ERROR(Map(OuterFiles(config_, tp_, dtype_)));
+    for (int layer = 0; layer < config_.n_layers; ++layer) {
+      RW_RETURN_IF_ERROR(Map(LayerFiles(config_, tp_, layer, dtype_)));
+    }
     if (manifest_ && manifest_->files.size() != files_.size()) {
       return Refuse("manifest.json", absl::StrCat("lists ", manifest_->files.size(),
                                                   " files, the model in config.ini has ", files_.size()));
@@ -75,15 +80,11 @@ class WorkspaceCheckpoint : public Checkpoint {
   }
 
   absl::Status Verify(const ShardPlan& plan) const override {
-    if (!manifest_) return absl::OkStatus();
     for (const std::string& name : FilesOf(plan)) {
-      const File& file = files_.at(name);
-      const std::span<const std::byte> bytes = file.mapping.bytes();
-      const std::string digest = Digest({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
-      const std::string& expected = manifest_->files.at(name).xxh3;
-      if (digest != expected) {
-        return Refuse(name, absl::StrCat("was altered: its xxh3 is ", digest, ", manifest.json says ", expected));
-      }
+      if (manifest_) RW_RETURN_IF_ERROR(CheckDigest(name));
+      if (!absl::EndsWith(name, kScalesZeros)) continue;
+      const absl::Status sound = CheckScalesZeros(Int4(name.substr(0, name.size() - sizeof(kScalesZeros) + 1)));
+      if (!sound.ok()) return Refuse(name, absl::StrCat("is none of layout 0.2: ", std::string(sound.message())));
     }
     return absl::OkStatus();
   }
@@ -101,8 +102,15 @@ class WorkspaceCheckpoint : public Checkpoint {
     weights.wo = ByRows(prefix + "attention.wo", {plan.heads, config_.n_heads, config_.head_dim}, weights);
     if (config_.has_o_bias) weights.wo_bias = OutputBias(prefix, plan);
     const Part inner{plan.intermediate, config_.intermediate_size, 1};
-    for (const char* half : {"w1", "w3"}) {
-      weights.gate_up.push_back(ByColumns(absl::StrCat(prefix, "feed_forward.", half), {inner}, weights));
+    if (IsInt4()) {
+      for (const int64_t half : {0, 1}) {
+        const QkvPart columns{inner, /*offset=*/half, /*is_rotated=*/false, /*stride=*/2};
+        weights.gate_up.push_back(ByColumns(prefix + "feed_forward.w13", columns, weights));
+      }
+    } else {
+      for (const char* half : {"w1", "w3"}) {
+        weights.gate_up.push_back(ByColumns(absl::StrCat(prefix, "feed_forward.", half), {inner}, weights));
+      }
     }
     weights.w2 = ByRows(prefix + "feed_forward.w2", inner, weights);
     return weights;
@@ -127,6 +135,7 @@ class WorkspaceCheckpoint : public Checkpoint {
   struct QkvPart : Part {
     int64_t offset = 0;  // of the first column in every file
     bool is_rotated = false;
+    int64_t stride = 1;  // from column to column
   };
   // The units of a part that lie in one file.
   struct Piece {
@@ -140,6 +149,8 @@ class WorkspaceCheckpoint : public Checkpoint {
         absl::StrCat(weights_dir_, "/", name, " ", complaint, "; `rankwise convert` writes a workspace"));
   }
 
+  bool IsInt4() const { return config_.weight_bits == 4; }
+
   absl::Status ReadConfig() {
     const std::string path = weights_dir_ + "/config.ini";
     RW_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, kConfigBytesMost));
@@ -147,6 +158,7 @@ class WorkspaceCheckpoint : public Checkpoint {
     RW_RETURN_IF_ERROR(InFile(path, parsed.status()));
     config_ = parsed->ToModel();
     tp_ = static_cast<int>(parsed->tensor_para_size);
+    RW_RETURN_IF_ERROR(InFile(path, CheckInt4Files(config_, tp_)));
     dtype_ = parsed->weight_type == "bf16" ? DType::kBF16 : DType::kF16;
     is_int8_kv_ = parsed->quant_policy == 4;
     return absl::OkStatus();
@@ -179,7 +191,7 @@ class WorkspaceCheckpoint : public Checkpoint {
       if (manifest_) RW_RETURN_IF_ERROR(CheckListed(file));
       const int64_t cols = file.shape.back();
       const MatrixView tensor{.data = mapping.bytes().data(),
-                              .dtype = dtype_,
+                              .dtype = file.dtype,
                               .rows = file.shape.size() == 2 ? file.shape[0] : 1,
                               .cols = cols,
                               .row_stride = cols};
@@ -191,8 +203,17 @@ class WorkspaceCheckpoint : public Checkpoint {
   absl::Status CheckListed(const WorkspaceFile& file) const {
     const auto listed = manifest_->files.find(file.name);
     if (listed == manifest_->files.end()) return Refuse(file.name, "is not in manifest.json");
-    if (listed->second.shape == file.shape && listed->second.bytes == file.bytes()) return absl::OkStatus();
-    return Refuse("manifest.json", absl::StrCat("gives ", file.name, " another shape or size than config.ini"));
+    const WorkspaceManifest::File& entry = listed->second;
+    if (entry.shape == file.shape && entry.bytes == file.bytes() && entry.dtype == file.dtype) return absl::OkStatus();
+    return Refuse("manifest.json", absl::StrCat("gives ", file.name, " another shape, size or dtype than config.ini"));
+  }
+
+  absl::Status CheckDigest(const std::string& name) const {
+    const std::span<const std::byte> bytes = files_.at(name).mapping.bytes();
+    const std::string digest = Digest({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+    const std::string& expected = manifest_->files.at(name).xxh3;
+    if (digest == expected) return absl::OkStatus();
+    return Refuse(name, absl::StrCat("was altered: its xxh3 is ", digest, ", manifest.json says ", expected));
   }
 
   // Of the files' own names and content samples: the orientation, and tp, are part of it.
@@ -208,19 +229,24 @@ class WorkspaceCheckpoint : public Checkpoint {
 
   std::set<std::string> FilesOf(const ShardPlan& plan) const {
     std::set<std::string> names;
-    for (const WorkspaceFile& file : OuterFiles(config_, tp_)) names.insert(file.name);
+    const auto add_matrix = [&](const std::string& name, int64_t file) {
+      if (!IsInt4()) names.insert(FileName(name, file, "weight"));
+      if (IsInt4()) names.insert({FileName(name, file, "qweight"), FileName(name, file, kScalesZeros)});
+    };
+    for (const WorkspaceFile& file : OuterFiles(config_, tp_, dtype_)) names.insert(file.name);
     for (int layer = 0; layer < config_.n_layers; ++layer) {
       const std::string prefix = absl::StrCat("layers.", layer, ".");
       names.insert({prefix + "attention_norm.weight", prefix + "ffn_norm.weight"});
       for (const Piece& piece : Pieces({plan.heads, config_.n_heads})) {
         for (const char* name : {"attention.w_qkv", "attention.wo"}) {
-          names.insert(FileName(prefix + name, piece.file, "weight"));
+          add_matrix(prefix + name, piece.file);
           if (config_.has_qkv_bias) names.insert(FileName(prefix + name, piece.file, "bias"));
         }
       }
       for (const Piece& piece : Pieces({plan.intermediate, config_.intermediate_size})) {
-        for (const char* name : {"w1", "w2", "w3"}) {
-          names.insert(FileName(absl::StrCat(prefix, "feed_forward.", name), piece.file, "weight"));
+        add_matrix(prefix + "feed_forward.w2", piece.file);
+        for (const char* name : IsInt4() ? std::vector{"w13"} : std::vector{"w1", "w3"}) {
+          add_matrix(absl::StrCat(prefix, "feed_forward.", name), piece.file);
         }
       }
     }
@@ -276,6 +302,7 @@ class WorkspaceCheckpoint : public Checkpoint {
 
   // Files [hidden, columns of all parts] to [the part's rows, hidden].
   MatrixView ByColumns(const std::string& name, const QkvPart& part, LayerWeights& weights) const {
+    if (IsInt4()) return Int4ByColumns(name, part, weights);
     const MatrixView matrix = Buffer(part.units.count() * part.width, config_.hidden_size, weights);
     uint16_t* words = weights.buffers.back().get();
     for (const Piece& piece : Pieces(part)) {
@@ -288,6 +315,7 @@ class WorkspaceCheckpoint : public Checkpoint {
 
   // Files [the part's rows, hidden] to [hidden, the part's columns].
   MatrixView ByRows(const std::string& name, const Part& part, LayerWeights& weights) const {
+    if (IsInt4()) return Int4ByRows(name, part, weights);
     const MatrixView matrix = Buffer(config_.hidden_size, part.units.count() * part.width, weights);
     uint16_t* words = weights.buffers.back().get();
     for (const Piece& piece : Pieces(part)) {
@@ -296,6 +324,56 @@ class WorkspaceCheckpoint : public Checkpoint {
                 matrix.row_stride, [](int64_t column) { return column; });
     }
     return matrix;
+  }
+
+  // The two files `stem`.….
+  Int4Files Int4(const std::string& stem) const {
+    const MatrixView& qweight = Tensor(stem + "qweight");
+    return {.qweight = qweight.data,
+            .scales_zeros = Tensor(stem + kScalesZeros).data,
+            .n_in = qweight.rows,
+            .n_out = qweight.cols,
+            .group_size = config_.weight_group_size};
+  }
+
+  // Rows, and with them outputs, are padded to whole words.
+  GroupedWords& Int4Buffer(int64_t rows, int64_t cols, LayerWeights& weights) const {
+    weights.grouped_buffers.push_back(
+        std::make_unique<GroupedWords>((rows + 7) / 8 * 8, cols, 4, config_.weight_group_size));
+    return *weights.grouped_buffers.back();
+  }
+
+  MatrixView Int4ByColumns(const std::string& name, const QkvPart& part, LayerWeights& weights) const {
+    const int64_t rows = part.units.count() * part.width;
+    GroupedWords& matrix = Int4Buffer(rows, config_.hidden_size, weights);
+    for (const Piece& piece : Pieces(part)) {
+      std::vector<OutputMove> moves;
+      for (int64_t i = 0; i < piece.units.count() * part.width; ++i) {
+        moves.push_back({.from = part.offset + (piece.units.begin * part.width + i) * part.stride,
+                         .to = piece.offset * part.width + RowOfColumn(part, i)});
+      }
+      CopyInt4(Int4(FileName(name, piece.file, "")), {0, config_.hidden_size}, moves, matrix, 0);
+    }
+    return {.dtype = DType::kInt4, .rows = rows, .cols = config_.hidden_size, .grouped = &matrix.matrix};
+  }
+
+  // From the beginning of the group in which the rank's slice begins to the end of that in which it ends.
+  MatrixView Int4ByRows(const std::string& name, const Part& part, LayerWeights& weights) const {
+    const int64_t group = config_.weight_group_size;
+    const Range inputs{part.units.begin * part.width, part.units.end * part.width};
+    const int64_t skipped = inputs.begin % group, cols = (skipped + inputs.count() + group - 1) / group * group;
+    GroupedWords& matrix = Int4Buffer(config_.hidden_size, cols, weights);
+    std::vector<OutputMove> moves;
+    for (int64_t i = 0; i < config_.hidden_size; ++i) moves.push_back({i, i});
+    for (const Piece& piece : Pieces(part)) {
+      const Range rows{piece.units.begin * part.width, piece.units.end * part.width};
+      CopyInt4(Int4(FileName(name, piece.file, "")), rows, moves, matrix, skipped + piece.offset * part.width);
+    }
+    return {.dtype = DType::kInt4,
+            .rows = config_.hidden_size,
+            .cols = inputs.count(),
+            .grouped = &matrix.matrix,
+            .col_begin = skipped};
   }
 
   void AppendBias(const std::string& name, const QkvPart& part, std::vector<float>& bias) const {

@@ -9,6 +9,7 @@
 #include "base/status_macros.h"
 #include "worker/weights/json.h"
 #include "worker/weights/turbomind_config.h"
+#include "worker/weights/turbomind_int4.h"
 
 namespace rankwise::weights {
 namespace {
@@ -18,7 +19,6 @@ using nlohmann::json;
 
 constexpr int kFormatVersion = 1;
 constexpr char kLayout[] = "turbomind-0.2";
-constexpr int64_t kElementBytes = 2;
 constexpr double kBytesMost = 1e15;
 
 absl::Status CheckDigest(const std::string& name, const std::string& digest) {
@@ -26,7 +26,7 @@ absl::Status CheckDigest(const std::string& name, const std::string& digest) {
   return absl::InvalidArgumentError(absl::StrCat(name, "=", digest.substr(0, 80), " is not 16 hex digits"));
 }
 
-absl::StatusOr<WorkspaceManifest::File> ParseFile(const std::string& name, const json& entry, const char* dtype) {
+absl::StatusOr<WorkspaceManifest::File> ParseFile(const std::string& name, const json& entry, DType dtype) {
   if (!entry.is_object()) return absl::InvalidArgumentError(absl::StrCat("files.", name, " is not an object"));
   Members members(entry, absl::StrCat("files.", name, "."));
   WorkspaceManifest::File file;
@@ -41,9 +41,12 @@ absl::StatusOr<WorkspaceManifest::File> ParseFile(const std::string& name, const
     return absl::InvalidArgumentError(absl::StrCat("files.", name, ".shape is not a list of one or two sizes"));
   }
   file.shape = shape.get<std::vector<int64_t>>();
-  if (own_dtype == dtype) return file;
-  return absl::InvalidArgumentError(
-      absl::StrCat("files.", name, ".dtype=", own_dtype.substr(0, 80), " is not ", dtype));
+  for (const DType known : {dtype, DType::kInt4}) {
+    file.dtype = known;
+    if (own_dtype == kernels::DTypeName(known)) return file;
+  }
+  return absl::InvalidArgumentError(absl::StrCat("files.", name, ".dtype=", own_dtype.substr(0, 80), " is neither ",
+                                                 kernels::DTypeName(dtype), " nor int4"));
 }
 
 }  // namespace
@@ -57,37 +60,64 @@ bool IsWorkspace(const std::string& folder) {
 }
 
 int64_t WorkspaceFile::bytes() const {
-  int64_t count = kElementBytes;
+  int64_t count = 1;
   for (const int64_t dim : shape) count *= dim;
-  return count;
+  return dtype == DType::kInt4 ? count / 2 : count * kernels::DTypeBytes(dtype);
 }
 
-std::vector<WorkspaceFile> OuterFiles(const ModelConfig& model, int tp) {
+std::vector<WorkspaceFile> OuterFiles(const ModelConfig& model, int tp, DType dtype) {
   const int64_t vocab_padded = (model.vocab_size + tp - 1) / tp * tp;
-  return {{"tok_embeddings.weight", {vocab_padded, model.hidden_size}},
-          {"norm.weight", {model.hidden_size}},
-          {"output.weight", {vocab_padded, model.hidden_size}}};
+  return {{"tok_embeddings.weight", {vocab_padded, model.hidden_size}, dtype},
+          {"norm.weight", {model.hidden_size}, dtype},
+          {"output.weight", {vocab_padded, model.hidden_size}, dtype}};
 }
 
-std::vector<WorkspaceFile> LayerFiles(const ModelConfig& model, int tp, int layer) {
+std::vector<WorkspaceFile> LayerFiles(const ModelConfig& model, int tp, int layer, DType dtype) {
   const int64_t hidden = model.hidden_size, dim = model.head_dim, inner = model.intermediate_size / tp;
   const int64_t q = model.n_heads / tp * dim, kv = model.n_kv_heads / tp * dim;
   const std::string prefix = absl::StrCat("layers.", layer, ".");
-  std::vector<WorkspaceFile> files = {{prefix + "attention_norm.weight", {hidden}},
-                                      {prefix + "ffn_norm.weight", {hidden}}};
+  std::vector<WorkspaceFile> files = {{prefix + "attention_norm.weight", {hidden}, dtype},
+                                      {prefix + "ffn_norm.weight", {hidden}, dtype}};
   for (int file = 0; file < tp; ++file) {
-    const auto add = [&](const char* name, const char* kind, std::vector<int64_t> shape) {
-      files.push_back({absl::StrCat(prefix, name, ".", file, ".", kind), std::move(shape)});
+    const auto add = [&](const char* name, const char* kind, std::vector<int64_t> shape, DType of) {
+      files.push_back({absl::StrCat(prefix, name, ".", file, ".", kind), std::move(shape), of});
     };
-    add("attention.w_qkv", "weight", {hidden, q + 2 * kv});
-    if (model.has_qkv_bias) add("attention.w_qkv", "bias", {q + 2 * kv});
-    add("attention.wo", "weight", {q, hidden});
-    if (model.has_qkv_bias) add("attention.wo", "bias", {hidden});
-    add("feed_forward.w1", "weight", {hidden, inner});
-    add("feed_forward.w3", "weight", {hidden, inner});
-    add("feed_forward.w2", "weight", {inner, hidden});
+    const auto add_matrix = [&](const char* name, int64_t n_in, int64_t n_out) {
+      if (model.weight_bits == 0) return add(name, "weight", {n_in, n_out}, dtype);
+      add(name, "qweight", {n_in, n_out}, DType::kInt4);
+      add(name, "scales_zeros", {n_in / model.weight_group_size, 2 * n_out}, dtype);
+    };
+    add_matrix("attention.w_qkv", hidden, q + 2 * kv);
+    if (model.has_qkv_bias) add("attention.w_qkv", "bias", {q + 2 * kv}, dtype);
+    add_matrix("attention.wo", q, hidden);
+    if (model.has_qkv_bias) add("attention.wo", "bias", {hidden}, dtype);
+    if (model.weight_bits == 0) {
+      add_matrix("feed_forward.w1", hidden, inner);
+      add_matrix("feed_forward.w3", hidden, inner);
+    } else {
+      add_matrix("feed_forward.w13", hidden, 2 * inner);
+    }
+    add_matrix("feed_forward.w2", inner, hidden);
   }
   return files;
+}
+
+absl::Status CheckInt4Files(const ModelConfig& model, int tp) {
+  for (const WorkspaceFile& file : LayerFiles(model, tp, 0, DType::kF16)) {
+    if (file.dtype != DType::kInt4) continue;
+    const int64_t n_in = file.shape[0], n_out = file.shape[1];
+    if (n_in % model.weight_group_size != 0) {
+      return absl::InvalidArgumentError(absl::StrCat("at tp=", tp, " ", file.name, " would have ", n_in,
+                                                     " inputs, which are not whole groups of ",
+                                                     model.weight_group_size));
+    }
+    if (n_in % kInt4Tile != 0 || n_out % kInt4Tile != 0) {
+      return absl::InvalidArgumentError(absl::StrCat("at tp=", tp, " ", file.name, " would be [", n_in, ", ", n_out,
+                                                     "], which is not of whole tiles of ", kInt4Tile, " × ",
+                                                     kInt4Tile));
+    }
+  }
+  return absl::OkStatus();
 }
 
 std::string ConfigDigest(const ModelConfig& model) { return Digest(FormatTurbomindConfig(FromModel(model))); }
@@ -95,10 +125,8 @@ std::string ConfigDigest(const ModelConfig& model) { return Digest(FormatTurbomi
 std::string FormatManifest(const WorkspaceManifest& manifest) {
   json files = json::object();
   for (const auto& [name, file] : manifest.files) {
-    files[name] = {{"shape", file.shape},
-                   {"dtype", kernels::DTypeName(manifest.dtype)},
-                   {"bytes", file.bytes},
-                   {"xxh3", file.xxh3}};
+    files[name] = {
+        {"shape", file.shape}, {"dtype", kernels::DTypeName(file.dtype)}, {"bytes", file.bytes}, {"xxh3", file.xxh3}};
   }
   const nlohmann::ordered_json text = {
       {"format_version", kFormatVersion}, {"layout", kLayout}, {"model", manifest.fingerprint},
@@ -135,7 +163,7 @@ absl::StatusOr<WorkspaceManifest> ParseManifest(const std::string& text) {
   manifest.eos_ids = eos_ids.get<std::vector<int32_t>>();
   if (!files.is_object()) return absl::InvalidArgumentError("files is not an object");
   for (const auto& [name, entry] : files.items()) {
-    RW_ASSIGN_OR_RETURN(manifest.files[name], ParseFile(name, entry, kernels::DTypeName(manifest.dtype)));
+    RW_ASSIGN_OR_RETURN(manifest.files[name], ParseFile(name, entry, manifest.dtype));
   }
   return manifest;
 }

@@ -19,15 +19,17 @@ std::string WorkspaceTokenizer(const std::string& folder);
 inline constexpr char kWorkspaceConfig[] = "triton_models/weights/config.ini";
 bool IsWorkspace(const std::string& folder);  // there is a kWorkspaceConfig
 
-// A tensor file: no header, little-endian 16-bit words, row-major. {file} below is 0 … tp - 1.
+// A tensor file: no header, little-endian, row-major but for int4 (turbomind_int4.h). {file} below is 0 … tp - 1.
 struct WorkspaceFile {
   std::string name;
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape;  // in elements
+  kernels::DType dtype = kernels::DType::kF16;
   int64_t bytes() const;
 };
 
 // tok_embeddings.weight and output.weight [vocab rounded up to a multiple of tp, hidden], norm.weight [hidden].
-std::vector<WorkspaceFile> OuterFiles(const ModelConfig& model, int tp);
+// `dtype`, f16 or bf16, is that of every file but qweight.
+std::vector<WorkspaceFile> OuterFiles(const ModelConfig& model, int tp, kernels::DType dtype);
 // layers.{layer}.…
 //   attention_norm.weight, ffn_norm.weight               [hidden]
 //   attention.w_qkv.{file}.weight                        [hidden, (n_heads + 2 n_kv_heads) * head_dim / tp]
@@ -35,8 +37,16 @@ std::vector<WorkspaceFile> OuterFiles(const ModelConfig& model, int tp);
 //   attention.w_qkv.{file}.bias, attention.wo.{file}.bias   where q, k and v have biases; that of wo is whole
 //   feed_forward.w1.{file}.weight (gate), w3 (up)        [hidden, intermediate / tp]
 //   feed_forward.w2.{file}.weight                        [intermediate / tp, hidden]
+// of a model of weight_bits = 4 instead of w1 and w3
+//   feed_forward.w13.{file}                              [hidden, 2 intermediate / tp], column 2j gate's j, 2j + 1 up's
+// and instead of each .weight [n_in, n_out]
+//   ….{file}.qweight                                     int4 [n_in, n_out]
+//   ….{file}.scales_zeros                                [n_in / group, 2 n_out]
 // Columns of w_qkv are [Q | K | V] of the file's heads, inside each head of Q and K in the order of RopeSource.
-std::vector<WorkspaceFile> LayerFiles(const ModelConfig& model, int tp, int layer);
+std::vector<WorkspaceFile> LayerFiles(const ModelConfig& model, int tp, int layer, kernels::DType dtype);
+// InvalidArgument naming file and sizes when a file of int4 weights would not be of whole groups and tiles. OK for
+// models of floats. tp divides n_kv_heads and intermediate_size.
+absl::Status CheckInt4Files(const ModelConfig& model, int tp);
 
 // Column of a query or key head in TurboMind's order, pairs (2j, 2j + 1), to the dimension in Hugging Face's, halves
 // (j, j + head_dim / 2).
@@ -47,7 +57,8 @@ struct WorkspaceManifest {
   struct File {
     std::vector<int64_t> shape;
     int64_t bytes = 0;
-    std::string xxh3;  // XXH3-64 of the content, 16 hex digits
+    std::string xxh3;                             // XXH3-64 of the content, 16 hex digits
+    kernels::DType dtype = kernels::DType::kF16;  // the manifest's, or int4
   };
   std::string fingerprint;  // of the model; see Checkpoint::FingerprintAs
   std::string config;       // ConfigDigest

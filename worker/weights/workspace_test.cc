@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <filesystem>
@@ -11,9 +12,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/mapped_file.h"
+#include "worker/weights/quantize.h"
 #include "worker/weights/random_model.h"
 #include "worker/weights/safetensors.h"
 #include "worker/weights/turbomind_config.h"
+#include "worker/weights/turbomind_int4.h"
 #include "worker/weights/workspace_layout.h"
 
 namespace rankwise::weights {
@@ -27,10 +30,18 @@ using shard::ShardPlan;
 
 constexpr kernels::DType kDTypes[] = {DType::kF16, DType::kBF16};
 
+// Every element, row by row; one of four bits as its value, zero point and scale.
 std::vector<uint16_t> Words(const std::vector<MatrixView>& blocks) {
   std::vector<uint16_t> words;
   for (const MatrixView& block : blocks) {
-    for (int64_t row = 0; row < block.rows; ++row) {
+    for (int64_t i = 0; block.grouped && i < block.rows * block.cols; ++i) {
+      const kernels::GroupedMatrix& m = *block.grouped;
+      const int64_t out = block.row_begin + i / block.cols, in = block.col_begin + i % block.cols;
+      words.push_back(static_cast<uint16_t>(kernels::GroupedValue(m, m.qweight, in, out)));
+      words.push_back(static_cast<uint16_t>(kernels::GroupedValue(m, m.qzeros, in / m.group_size, out)));
+      words.push_back(kernels::GroupedScale(m, in / m.group_size, out));
+    }
+    for (int64_t row = 0; !block.grouped && row < block.rows; ++row) {
       const size_t begin = words.size();
       words.resize(begin + block.cols);
       std::memcpy(&words[begin], block.data + row * block.row_stride * 2, block.cols * 2);
@@ -108,6 +119,65 @@ class WorkspaceTest : public ::testing::Test {
     const auto plan = PlanShard((*checkpoint)->config().dims(), {.rank = rank, .world_size = world});
     if (!plan.ok()) return std::string(plan.status().message());
     return std::string((*checkpoint)->Verify(*plan).message());
+  }
+  // Removes, shortens, lengthens and alters every tensor file of a workspace cut for two, one after the other, and
+  // expects that this keeps a rank from starting in words that name the file. How many there are.
+  int ExpectEveryFileIsGuarded(const std::string& workspace) const {
+    int files = 0;
+    for (const std::string& file : FilesIn(Weights(workspace, ""))) {
+      if (file == "config.ini" || file == "manifest.json") continue;
+      ++files;
+      const std::string path = Weights(workspace, file), whole = Read(path);
+      const auto refusals = [&](const std::string& bytes) {
+        Put(path, bytes);
+        return Refusal(workspace, 0, 2) + Refusal(workspace, 1, 2);  // either rank keeps the group from starting
+      };
+      const auto expect_named = [&](const std::string& message, const std::string& complaint) {
+        EXPECT_NE(message.find(path), std::string::npos) << file << ": " << message;
+        EXPECT_NE(message.find(complaint), std::string::npos) << file << ": " << message;
+      };
+      EXPECT_EQ(refusals(whole), "");
+      expect_named(refusals(whole.substr(0, whole.size() - 1)), "bytes instead of");
+      expect_named(refusals(""), "has 0 bytes instead of");
+      expect_named(refusals(whole + "x"), "bytes instead of");
+      std::string altered = whole;
+      altered[whole.size() / 2] ^= 1;
+      expect_named(refusals(altered), "was altered");
+      fs::remove(path);
+      expect_named(Refusal(workspace, 0, 2), "No such file");
+      Put(path, whole);
+    }
+    EXPECT_EQ(Refusal(workspace), "");
+    return files;
+  }
+  // Opens and reads workspaces in which a few bytes of a file, one of {workspace, file}, are others. How many open.
+  int OpenedOfMutated(const std::vector<std::pair<const char*, const char*>>& targets, int rounds) const {
+    std::mt19937_64 random(17);
+    int opened = 0;
+    for (int round = 0; round < rounds; ++round) {
+      const auto& [name, file] = targets[round % targets.size()];
+      const std::string path = Weights(name, file), whole = Read(path);
+      std::string bytes = whole;
+      for (int i = 0; i < 1 + static_cast<int>(random() % 2); ++i) {
+        const size_t at = random() % bytes.size();
+        bytes[at] = random() % 2 == 0 ? "0123456789{}[],:\"-e.\n ="[random() % 23] : static_cast<char>(random());
+      }
+      if (random() % 10 == 0) bytes.resize(random() % bytes.size());
+      Put(path, bytes);
+      const auto checkpoint = Checkpoint::Open(folder_ + "/" + name);
+      if (checkpoint.ok()) {
+        ++opened;
+        for (const int world : {1, 2, 4}) {
+          const auto plan = PlanShard((*checkpoint)->config().dims(), {.rank = world - 1, .world_size = world});
+          if (!plan.ok()) continue;
+          (*checkpoint)->Verify(*plan).IgnoreError();
+          (*checkpoint)->Outer(*plan);
+          (*checkpoint)->Layer(0, *plan);
+        }
+      }
+      Put(path, whole);
+    }
+    return opened;
   }
   std::vector<std::string> FilesIn(const std::string& folder) const {
     std::vector<std::string> names;
@@ -440,7 +510,8 @@ TEST_F(HandWrittenTest, HostileConfigurationsAreRefusedByName) {
                         {"size_per_head = 4", "size_per_head = 3", "size_per_head=3"},
                         {"norm_eps = 1e-05", "norm_eps = nan", "norm_eps=nan"},
                         {"norm_eps = 1e-05", "norm_eps = small", "norm_eps=small"},
-                        {"weight_type = fp16", "weight_type = int4", "weight_type=int4"},
+                        {"weight_type = fp16", "weight_type = int8", "weight_type=int8"},
+                        {"weight_type = fp16", "weight_type = int4", "group_size=0"},
                         {"tensor_para_size = 1", "tensor_para_size = 3", "tensor_para_size=3 does not divide"},
                         {"tensor_para_size = 1", "tensor_para_size = 2", "tok_embeddings.weight has 160 bytes"},
                         {"end_id = 2", "end_id = 5", "end_id=5"},
@@ -471,33 +542,7 @@ TEST_F(HandWrittenTest, MutatedWorkspacesNeverCrash) {
   WriteHuggingFace("m");
   ASSERT_EQ(Convert("m", "w", 2), absl::OkStatus());
   WriteByHand("hand", 2);
-  std::mt19937_64 random(17);
-  int opened = 0;
-  const std::pair<const char*, const char*> targets[] = {
-      {"w", "config.ini"}, {"w", "manifest.json"}, {"hand", "config.ini"}};
-  for (int round = 0; round < 600; ++round) {
-    const auto& [name, file] = targets[round % 3];
-    const std::string path = Weights(name, file), whole = Read(path);
-    std::string bytes = whole;
-    for (int i = 0; i < 1 + static_cast<int>(random() % 2); ++i) {
-      const size_t at = random() % bytes.size();
-      bytes[at] = random() % 2 == 0 ? "0123456789{}[],:\"-e.\n ="[random() % 23] : static_cast<char>(random());
-    }
-    if (random() % 10 == 0) bytes.resize(random() % bytes.size());
-    Put(path, bytes);
-    const auto checkpoint = Checkpoint::Open(folder_ + "/" + name);
-    if (checkpoint.ok()) {
-      ++opened;
-      for (const int world : {1, 2, 4}) {
-        const auto plan = PlanShard((*checkpoint)->config().dims(), {.rank = world - 1, .world_size = world});
-        if (!plan.ok()) continue;
-        (*checkpoint)->Verify(*plan).IgnoreError();
-        (*checkpoint)->Outer(*plan);
-        (*checkpoint)->Layer(0, *plan);
-      }
-    }
-    Put(path, whole);
-  }
+  const int opened = OpenedOfMutated({{"w", "config.ini"}, {"w", "manifest.json"}, {"hand", "config.ini"}}, 600);
   EXPECT_GT(opened, 10);
   EXPECT_LT(opened, 550);
 }
@@ -553,32 +598,7 @@ TEST_F(WorkspaceTest, EveryMissingShortLongOrAlteredFileIsRefusedByName) {
   ASSERT_NE(Random("m", {.hidden_size = 16, .n_heads = 4, .head_dim = 4, .intermediate_size = 8, .has_bias = true}),
             nullptr);
   ASSERT_EQ(Convert("m", "w", 2), absl::OkStatus());
-  int files = 0;
-  for (const std::string& file : FilesIn(Weights("w", ""))) {
-    if (file == "config.ini" || file == "manifest.json") continue;
-    ++files;
-    const std::string path = Weights("w", file), whole = Read(path);
-    const auto refusals = [&](const std::string& bytes) {
-      Put(path, bytes);
-      return Refusal("w", 0, 2) + Refusal("w", 1, 2);  // either rank keeps the group from starting
-    };
-    const auto expect_named = [&](const std::string& message, const std::string& complaint) {
-      EXPECT_NE(message.find(path), std::string::npos) << file << ": " << message;
-      EXPECT_NE(message.find(complaint), std::string::npos) << file << ": " << message;
-    };
-    EXPECT_EQ(refusals(whole), "");
-    expect_named(refusals(whole.substr(0, whole.size() - 1)), "bytes instead of");
-    expect_named(refusals(""), "has 0 bytes instead of");
-    expect_named(refusals(whole + "x"), "bytes instead of");
-    std::string altered = whole;
-    altered[whole.size() / 2] ^= 1;
-    expect_named(refusals(altered), "was altered");
-    fs::remove(path);
-    expect_named(Refusal("w", 0, 2), "No such file");
-    Put(path, whole);
-  }
-  EXPECT_EQ(files, 3 + 2 * (2 + 2 * 7));
-  EXPECT_EQ(Refusal("w"), "");
+  EXPECT_EQ(ExpectEveryFileIsGuarded("w"), 3 + 2 * (2 + 2 * 7));
   // A rank reads its own files, and leaves the content of the others' to them.
   const std::string other = Weights("w", "layers.1.feed_forward.w2.1.weight"), whole = Read(other);
   std::string altered = whole;
@@ -639,7 +659,8 @@ TEST_F(WorkspaceTest, TheEnginesKeysMayBeEditedTheModelsMayNot) {
         {"\"model\": \"", "\"model\": \"x", "is not 16 hex digits"},
         {"\"xxh3\": \"", "\"xxh3\": \"x", "xxh3=x"},
         {"\"output.weight\"", "\"other.weight\"", "output.weight is not in manifest.json"},
-        {"\"norm.weight\": {\n   \"bytes\": 128", "\"norm.weight\": {\n   \"bytes\": 127", "another shape or size"},
+        {"\"norm.weight\": {\n   \"bytes\": 128", "\"norm.weight\": {\n   \"bytes\": 127",
+         "another shape, size or dtype"},
         {"\"files\"", "\"flies\"", "files is not an object"},
         {"\"tp\": 2", "\"tp\": 4", "config.ini was altered"}}) {
     const std::string text = Read(manifest);
@@ -722,6 +743,227 @@ TEST_F(WorkspaceTest, ProgressCountsEveryByte) {
   EXPECT_EQ(whole, bytes);
   EXPECT_TRUE(absl::IsInvalidArgument(WriteWorkspace(*model, folder_ + "/m", folder_ + "/x",
                                                      {.world_size = 2, .model_name = "tiny\nhead_num = 1"}, {})));
+}
+
+// ---- Weights of four bits.
+
+class Int4Workspace : public WorkspaceTest {
+ protected:
+  static RandomModelSpec Spec(const std::string& family = "llama", int64_t intermediate_size = 256) {
+    return {.model_type = family,
+            .hidden_size = 128,
+            .n_heads = 8,
+            .n_kv_heads = 4,
+            .head_dim = 16,
+            .intermediate_size = intermediate_size,
+            .vocab_size = 511,
+            .has_bias = true};
+  }
+  // An AWQ folder `name`.
+  void Quantized(const std::string& name, const RandomModelSpec& spec, int32_t group_size, int bits = 4) const {
+    ASSERT_EQ(WriteRandomModel(folder_ + "/floats", spec), absl::OkStatus());
+    const QuantizeOptions options{.bits = bits, .group_size = group_size, .replaces = true};
+    ASSERT_EQ(WriteQuantized(folder_ + "/floats", folder_ + "/" + name, options, {}), absl::OkStatus());
+    fs::remove_all(folder_ + "/floats");
+  }
+};
+
+TEST_F(Int4Workspace, GoldenColumnsAreInTheRotarysOrderFusedAndCut) {
+  Quantized("q", Spec(), 32);
+  ASSERT_EQ(Convert("q", "w", 2), absl::OkStatus());
+  const auto listing = ListTensors(folder_ + "/q");
+  ASSERT_TRUE(listing.ok()) << listing.status();
+  struct Column {
+    const char* matrix;
+    int64_t row;
+  };
+  const auto expect = [&](const std::string& stem, const std::vector<Column>& columns, int64_t first_in, int64_t n_in) {
+    const std::string qweight = Read(Weights("w", "layers.1." + stem + ".qweight")),
+                      pairs = Read(Weights("w", "layers.1." + stem + ".scales_zeros"));
+    const auto n_out = static_cast<int64_t>(columns.size());
+    ASSERT_EQ(static_cast<int64_t>(qweight.size()), n_in * n_out / 2) << stem;
+    ASSERT_EQ(static_cast<int64_t>(pairs.size()), n_in / 32 * n_out * 4) << stem;
+    for (int64_t out = 0; out < n_out; ++out) {
+      const std::string name = absl::StrCat("model.layers.1.", columns[out].matrix, ".weight");
+      const kernels::GroupedMatrix& m = *std::ranges::find(listing->tensors, name, &NamedTensor::name)->view.grouped;
+      for (int64_t in = 0; in < n_in; ++in) {
+        const int64_t nibble = InputNibble(in, n_out) + OutputNibble(out);
+        ASSERT_EQ(static_cast<uint8_t>(qweight[nibble / 2]) >> nibble % 2 * 4 & 15,
+                  kernels::GroupedValue(m, m.qweight, first_in + in, columns[out].row))
+            << stem << " " << out << " " << in;
+      }
+      for (int64_t group = 0; group < n_in / 32; ++group) {
+        uint16_t pair[2];
+        std::memcpy(pair, &pairs[(group * n_out + out) * 4], 4);
+        const int64_t source = first_in / 32 + group;
+        EXPECT_EQ(pair[0], 0x5400 | kernels::GroupedValue(m, m.qzeros, source, columns[out].row) << 4) << stem;
+        EXPECT_EQ(pair[1], kernels::GroupedScale(m, source, columns[out].row)) << stem;
+      }
+    }
+  };
+  // Rank 1 of 2: query heads 4 … 7, KV heads 2 and 3; dimensions 0, 8, 1, 9, … of a head of q and k.
+  std::vector<Column> qkv, hidden, gate_up;
+  for (int64_t c = 0; c < 4 * 16; ++c) qkv.push_back({"self_attn.q_proj", 64 + c / 16 * 16 + c % 16 / 2 + c % 2 * 8});
+  for (int64_t c = 0; c < 2 * 16; ++c) qkv.push_back({"self_attn.k_proj", 32 + c / 16 * 16 + c % 16 / 2 + c % 2 * 8});
+  for (int64_t c = 0; c < 2 * 16; ++c) qkv.push_back({"self_attn.v_proj", 32 + c});
+  expect("attention.w_qkv.1", qkv, 0, 128);
+  for (int64_t c = 0; c < 128; ++c) hidden.push_back({"self_attn.o_proj", c});
+  expect("attention.wo.1", hidden, 64, 64);
+  for (int64_t c = 0; c < 128; ++c)
+    gate_up.insert(gate_up.end(), {{"mlp.gate_proj", 128 + c}, {"mlp.up_proj", 128 + c}});
+  expect("feed_forward.w13.1", gate_up, 0, 128);
+  for (Column& column : hidden) column.matrix = "mlp.down_proj";
+  expect("feed_forward.w2.1", hidden, 128, 128);
+  EXPECT_FALSE(fs::exists(Weights("w", "layers.1.feed_forward.w1.1.qweight")));
+
+  const auto config = ParseTurbomindConfig(Read(Weights("w", "config.ini")));
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->weight_type, "int4");
+  EXPECT_EQ(config->group_size, 32);
+  const auto manifest = ParseManifest(Read(Weights("w", "manifest.json")));
+  ASSERT_TRUE(manifest.ok()) << manifest.status();
+  const WorkspaceManifest::File& w2 = manifest->files.at("layers.1.feed_forward.w2.1.qweight");
+  EXPECT_EQ(w2.shape, (std::vector<int64_t>{128, 128}));
+  EXPECT_EQ(w2.dtype, DType::kInt4);
+  EXPECT_EQ(w2.bytes, 128 * 128 / 2);
+  EXPECT_EQ(manifest->files.at("layers.1.feed_forward.w2.1.scales_zeros").shape, (std::vector<int64_t>{4, 256}));
+  EXPECT_EQ(manifest->dtype, DType::kF16);
+}
+
+TEST_F(Int4Workspace, HoldsTheSameValuesAtEveryDegreeWhateverItWasCutFor) {
+  for (const char* family : {"llama", "internlm2", "qwen2"}) {
+    Quantized("q", Spec(family), 32);
+    const auto model = Open("q");
+    ASSERT_NE(model, nullptr);
+    for (const int cut : {1, 2, 4}) {
+      SCOPED_TRACE(absl::StrCat(family, " cut for ", cut));
+      const std::string name = absl::StrCat("w", cut);
+      ASSERT_EQ(Convert("q", name, cut, /*replaces=*/true), absl::OkStatus());
+      const auto workspace = Open(name);
+      ASSERT_NE(workspace, nullptr);
+      EXPECT_EQ(workspace->fingerprint(), model->fingerprint());
+      for (const int world : {1, 2, 4, 8}) ExpectSameModel(*model, *workspace, world);  // at 8 wo begins inside a group
+    }
+    ASSERT_EQ(Convert("w2", "again", 4, /*replaces=*/true), absl::OkStatus());
+    for (const std::string& file : FilesIn(Weights("w4", ""))) {
+      EXPECT_TRUE(Read(Weights("again", file)) == Read(Weights("w4", file))) << file;
+    }
+  }
+  // What is not quantised becomes f16, and the model with it.
+  RandomModelSpec spec = Spec();
+  spec.dtype = DType::kBF16;
+  Quantized("q", spec, 32);
+  ASSERT_EQ(Convert("q", "w", 2), absl::OkStatus());
+  EXPECT_EQ(Open("w")->fingerprint(), Open("q")->FingerprintAs(DType::kF16));
+  EXPECT_NE(Open("w")->fingerprint(), Open("q")->fingerprint());
+}
+
+TEST_F(Int4Workspace, EveryFileIsGuardedAndWithoutAManifestSizesAndParametersAre) {
+  Quantized("q", Spec(), 64);
+  ASSERT_EQ(Convert("q", "w", 2), absl::OkStatus());
+  EXPECT_EQ(ExpectEveryFileIsGuarded("w"), 3 + 2 * (2 + 2 * (4 * 2 + 2)));
+
+  fs::remove(Weights("w", "manifest.json"));
+  ExpectSameModel(*Open("q"), *Open("w"), 4);
+  EXPECT_NE(Open("w")->fingerprint(), Open("q")->fingerprint());
+  for (const char* file : {"layers.0.attention.wo.1.qweight", "layers.1.feed_forward.w13.1.scales_zeros"}) {
+    const std::string path = Weights("w", file), whole = Read(path);
+    Put(path, whole.substr(4));
+    EXPECT_NE(Refusal("w").find(absl::StrCat(path, " has ")), std::string::npos) << Refusal("w");
+    fs::remove(path);
+    EXPECT_NE(Refusal("w").find(path), std::string::npos) << Refusal("w");
+    Put(path, whole);
+  }
+  // A zero point without the 64, of another build or of no build at all; a scale beyond f16.
+  const std::string path = Weights("w", "layers.1.attention.w_qkv.1.scales_zeros"), whole = Read(path);
+  for (const auto& [at, bytes, word] :
+       {std::tuple{size_t{8}, std::string("\x00\x45", 2), "group 0 of output 2 has zero point 5 "},
+        {whole.size() - 2, std::string("\x00\x7C", 2), "and scale inf"}}) {
+    std::string altered = whole;
+    Put(path, altered.replace(at, 2, bytes));
+    EXPECT_NE(Refusal("w", 1, 2).find(path + " is none of layout 0.2"), std::string::npos) << Refusal("w", 1, 2);
+    EXPECT_NE(Refusal("w", 1, 2).find(word), std::string::npos) << Refusal("w", 1, 2);
+    EXPECT_EQ(Refusal("w", 0, 2), "");  // rank 0 does not read it
+  }
+}
+
+TEST_F(Int4Workspace, HostileConfigurationsAreRefusedByName) {
+  Quantized("q", Spec(), 32);
+  ASSERT_EQ(Convert("q", "w", 2), absl::OkStatus());
+  const std::string path = Weights("w", "config.ini"), whole = Read(path);
+  Edit(path, "group_size = 32", "group_size = 16");
+  EXPECT_NE(Refusal("w").find(path + " was altered"), std::string::npos) << Refusal("w");
+  Put(path, whole);
+  const std::string manifest = Weights("w", "manifest.json"), listed = Read(manifest);
+  Edit(manifest, "\"dtype\": \"int4\"", "\"dtype\": \"int8\"");
+  EXPECT_NE(Refusal("w").find("dtype=int8 is neither f16 nor int4"), std::string::npos) << Refusal("w");
+  Put(manifest, listed);
+  Edit(manifest, "\"dtype\": \"int4\"", "\"dtype\": \"f16\"");
+  EXPECT_NE(Refusal("w").find("another shape, size or dtype"), std::string::npos) << Refusal("w");
+  fs::remove(manifest);
+  for (const auto& [from, to, word] :
+       {std::tuple{"weight_type = int4", "weight_type = int8", "weight_type=int8 is not supported"},
+        {"weight_type = int4", "weight_type = fp16", "layers.0.attention.w_qkv.0.weight"},
+        {"group_size = 32", "group_size = 0", "group_size=0"},
+        {"group_size = 32", "group_size = -1", "group_size=-1 is not in"},
+        {"group_size = 32", "group_size = 4294967328", "group_size=4294967328 is not in"},
+        {"group_size = 32\n", "", "group_size=0"},
+        {"group_size = 32", "group_size = 48", "128 inputs, which are not whole groups of 48"},
+        {"group_size = 32", "group_size = 64", "w_qkv.0.scales_zeros has 2048 bytes instead of 1024"},
+        {"inter_size = 256", "inter_size = 320", "w13.0.qweight has 16384 bytes instead of 20480"},
+        {"inter_size = 256", "inter_size = 288",
+         "w2.0.qweight would have 144 inputs, which are not whole groups of 32"},
+        {"head_num = 8", "head_num = 6", "kv_head_num=4 does not divide head_num=6"}}) {
+    Put(path, whole);
+    Edit(path, from, to);
+    EXPECT_NE(Refusal("w").find(word), std::string::npos) << to << ": " << Refusal("w");
+  }
+  Put(path, whole);
+  Edit(path, "group_size = 32", "group_size = 8");
+  Edit(path, "inter_size = 256", "inter_size = 272");
+  EXPECT_NE(Refusal("w").find("w13.0.qweight would be [128, 272], which is not of whole tiles of 32"),
+            std::string::npos)
+      << Refusal("w");
+  Put(path, whole);
+  EXPECT_EQ(Refusal("w"), "");
+}
+
+TEST_F(Int4Workspace, MutatedOnesNeverCrash) {
+  Quantized("q", Spec(), 32);
+  ASSERT_EQ(Convert("q", "w", 2), absl::OkStatus());
+  ASSERT_EQ(Convert("q", "bare", 2), absl::OkStatus());
+  fs::remove(Weights("bare", "manifest.json"));
+  const int opened = OpenedOfMutated(
+      {{"w", "manifest.json"}, {"bare", "config.ini"}, {"bare", "layers.0.feed_forward.w2.1.scales_zeros"}}, 300);
+  EXPECT_GT(opened, 90);  // whole tensor files always open; Verify is what reads them
+  EXPECT_LT(opened, 290);
+}
+
+TEST_F(Int4Workspace, WhatRanksCannotShareIsRefusedAtConversion) {
+  Quantized("q", Spec("llama", 192), 64);
+  EXPECT_NE(
+      std::string(Convert("q", "w", 2).message())
+          .find("at tp=2 layers.0.feed_forward.w2.0.qweight would have 96 inputs, which are not whole groups of 64"),
+      std::string::npos)
+      << Convert("q", "w", 2);
+  EXPECT_EQ(Convert("q", "one", 1), absl::OkStatus());
+  ExpectSameModel(*Open("q"), *Open("one"), 2);  // which no file of its own could hold
+  Quantized("q8", Spec(), 64, /*bits=*/8);
+  EXPECT_NE(std::string(Convert("q8", "w", 1).message()).find("weights of 8 bits"), std::string::npos);
+  EXPECT_FALSE(fs::exists(folder_ + "/w"));
+
+  // LLaMA-7B has 86 groups of 128 in w2: enough for two ranks, not for four.
+  const ModelConfig llama{.hidden_size = 4096,
+                          .n_heads = 32,
+                          .n_kv_heads = 32,
+                          .head_dim = 128,
+                          .intermediate_size = 11008,
+                          .weight_bits = 4,
+                          .weight_group_size = 128};
+  EXPECT_EQ(CheckInt4Files(llama, 2), absl::OkStatus());
+  EXPECT_NE(std::string(CheckInt4Files(llama, 4).message()).find("w2.0.qweight would have 2752 inputs"),
+            std::string::npos)
+      << CheckInt4Files(llama, 4);
 }
 
 }  // namespace
