@@ -14,24 +14,41 @@ namespace {
 
 struct Flags {
   std::string model_dir, folder, model_format;
+  int32_t group_size = 0;  // 0: that of MODEL
   weights::WorkspaceOptions workspace;
 };
 
 constexpr char kExamples[] = R"(Examples:
   rankwise convert ./internlm-chat-7b ./workspace --tp 2
+  rankwise convert ./internlm-chat-7b-4bit ./workspace --tp 2 --model-format awq --group-size 128
   rankwise kv-qparams ./work ./workspace/triton_models/weights --num-tp 2
   rankwise serve ./workspace --tp 2 --kv int8)";
 
-absl::Status Convert(Flags& flags) {
-  const std::string format = weights::IsWorkspace(flags.model_dir) ? "workspace" : "hf";
+// What the flags say about MODEL must be so.
+absl::Status CheckFormat(const Flags& flags, const weights::ModelConfig& config) {
+  const std::string format = weights::IsWorkspace(flags.model_dir) ? "workspace"
+                             : config.weight_bits > 0              ? "awq"
+                                                                   : "hf";
   if (!flags.model_format.empty() && flags.model_format != format) {
     return absl::InvalidArgumentError(
         absl::StrCat("--model-format ", flags.model_format, ", but ", flags.model_dir, " is of format ", format));
   }
+  if (flags.group_size != 0 && flags.group_size != config.weight_group_size) {
+    return absl::InvalidArgumentError(
+        config.weight_bits > 0
+            ? absl::StrCat("--group-size ", flags.group_size, ", but ", flags.model_dir, " has groups of ",
+                           config.weight_group_size)
+            : absl::StrCat("--group-size ", flags.group_size, ", but ", flags.model_dir, " is not quantised"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Convert(Flags& flags) {
   if (flags.workspace.model_name.empty()) {
     flags.workspace.model_name = std::filesystem::weakly_canonical(flags.model_dir).filename();
   }
   RW_ASSIGN_OR_RETURN(const auto checkpoint, weights::Checkpoint::Open(flags.model_dir));
+  RW_RETURN_IF_ERROR(CheckFormat(flags, checkpoint->config()));
   RW_ASSIGN_OR_RETURN(const shard::ShardPlan whole,
                       shard::PlanShard(checkpoint->config().dims(), {.rank = 0, .world_size = 1}));
   RW_RETURN_IF_ERROR(checkpoint->Verify(whole));
@@ -51,8 +68,9 @@ absl::Status Convert(Flags& flags) {
 }  // namespace
 
 void AddConvert(CLI::App& app, Action& action) {
-  CLI::App* command = app.add_subcommand("convert", "Write a TurboMind v0.2 workspace from a Hugging Face model folder")
-                          ->footer(kExamples);
+  CLI::App* command =
+      app.add_subcommand("convert", "Write a TurboMind v0.2 workspace from a Hugging Face or AWQ model folder")
+          ->footer(kExamples);
   auto flags = std::make_shared<Flags>();
   command
       ->add_option("model", flags->model_dir, "Folder with config.json and *.safetensors, or a workspace to cut again")
@@ -63,9 +81,14 @@ void AddConvert(CLI::App& app, Action& action) {
       ->capture_default_str();
   command->add_option("--model-name", flags->workspace.model_name, "model_name of config.ini")
       ->default_str("the model folder's name");
-  command->add_option("--model-format", flags->model_format, "hf or workspace: refuse MODEL if it is of another")
-      ->check(CLI::IsMember({"hf", "workspace"}))
+  command->add_option("--model-format", flags->model_format, "hf, awq or workspace: refuse MODEL if it is of another")
+      ->check(CLI::IsMember({"hf", "awq", "workspace"}))
       ->default_str("what MODEL is");
+  command
+      ->add_option("--group-size", flags->group_size,
+                   "Inputs that share a scale: refuse MODEL if it has another number")
+      ->check(CLI::Range(0, 1 << 24))
+      ->default_str("that of MODEL");
   command->add_flag("--force", flags->workspace.replaces, "Replace an existing workspace");
   command->callback([flags, &action] { action = [flags] { return Convert(*flags); }; });
 }

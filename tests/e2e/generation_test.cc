@@ -129,6 +129,33 @@ TEST(Workspace, ServesTheTextOfItsModel) {
   EXPECT_EQ(texts[0], texts[1]);
 }
 
+TEST(Workspace, OfFourBitsServesTheTextOfItsAwqFolder) {
+  const std::string folder = ScratchFolder(), quantized = folder + "/awq", workspace = folder + "/workspace-int4";
+  const auto made = RunProgram("rankwise", {"quantize", DemoModel(), quantized, "--bits", "4", "--group-size", "128"});
+  ASSERT_TRUE(made.ok()) << made.status();
+  ASSERT_TRUE(made->state.is_success()) << made->log;
+  const auto convert = [&](const std::string& model, const std::string& format, const std::string& group_size) {
+    const auto run = RunProgram(
+        "rankwise", {"convert", model, workspace, "--tp", "2", "--model-format", format, "--group-size", group_size});
+    EXPECT_TRUE(run.ok()) << run.status();
+    return run.ok() && !run->state.is_success() ? run->log : std::string();
+  };
+  EXPECT_THAT(convert(quantized, "hf", "128"), HasSubstr("--model-format hf, but " + quantized + " is of format awq"));
+  EXPECT_THAT(convert(quantized, "awq", "64"), HasSubstr("--group-size 64, but " + quantized + " has groups of 128"));
+  EXPECT_THAT(convert(DemoModel(), "hf", "128"), HasSubstr("is not quantised"));
+  EXPECT_EQ(convert(quantized, "awq", "128"), "");
+  std::vector<std::string> texts;
+  for (const std::string& model : {quantized, workspace}) {
+    const auto cluster = Serve({.model = model, .tp = 2, .kv = "int8-online"});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    const Reply reply = Generate((*cluster)->stub(), Greedy(kPrompt, 48));
+    ExpectWhole(reply);
+    texts.push_back(reply.text);
+  }
+  EXPECT_THAT(texts[0], Not(IsEmpty()));
+  EXPECT_EQ(texts[0], texts[1]);
+}
+
 class Requests : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
