@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "coordinator/cluster/retry_delay.h"
 
 namespace rankwise::cluster {
 namespace {
@@ -14,6 +15,9 @@ namespace {
 using rankwise::v1::GetModelInfoResponse;
 using worker::v1::SequenceOutput;
 using worker::v1::ToGroup;
+
+constexpr absl::Duration kDrainRetryDelay = absl::Seconds(5), kUnknownRetryDelay = absl::Seconds(5);
+constexpr absl::Duration kLeastRetryDelay = absl::Milliseconds(100), kMostRetryDelay = absl::Seconds(60);
 
 absl::Status CheckSame(const char* what, const std::string& serves, const std::string& joins) {
   if (serves == joins) return absl::OkStatus();
@@ -52,7 +56,7 @@ absl::StatusOr<worker::v1::Welcome> Cluster::Join(const worker::v1::Join& join, 
   for (group.id = 1; taken.contains(group.id);) ++group.id;
   group.join = join;
   group.channel = channel;
-  group.heard = now;
+  group.heard = group.moved = now;
   worker::v1::Welcome welcome;
   welcome.set_group(group.id);
   welcome.set_epoch(epoch);
@@ -68,11 +72,16 @@ void Cluster::Leave(uint64_t epoch, absl::Time now) {
   DropEpoch(epoch, absl::OkStatus(), now);
 }
 
+void Cluster::TakeHeartbeat(uint64_t epoch, absl::Time now) {
+  absl::MutexLock lock(&mutex_);
+  if (const auto found = groups_.find(epoch); found != groups_.end()) found->second.heard = now;
+}
+
 void Cluster::TakeLoad(uint64_t epoch, const rankwise::v1::GroupLoad& load, absl::Time now) {
   absl::MutexLock lock(&mutex_);
   const auto found = groups_.find(epoch);
   if (found == groups_.end()) return;
-  found->second.heard = now;
+  found->second.heard = found->second.moved = now;
   found->second.load = load;
 }
 
@@ -87,7 +96,7 @@ void Cluster::TakeOutputs(uint64_t epoch, const worker::v1::Outputs& outputs, ab
               now);
     return;
   }
-  found->second.heard = now;
+  found->second.heard = found->second.moved = now;
   for (const SequenceOutput& output : outputs.sequences()) {
     if (const absl::Status taken = TakeOutput(epoch, output); !taken.ok()) {
       DropEpoch(epoch, taken, now);
@@ -110,6 +119,7 @@ absl::Status Cluster::TakeOutput(uint64_t epoch, const SequenceOutput& output) {
   }
   for (const worker::v1::Sampled& token : output.tokens()) sequence.generated.push_back(token.id());
   Charge(sequence, -output.tokens_size());
+  share_.Pay(requests_.at(sequence.request).request.tenant, FairShare::kOutputUnits * output.tokens_size());
   sequence.has_prompt_logprobs = sequence.has_prompt_logprobs || output.prompt_logprobs_size() > 0;
   SampleListener* listener = requests_.at(sequence.request).request.listener;
   const bool wants_more = listener->OnOutput(sequence.sample, output, sequence.replays);
@@ -166,7 +176,7 @@ void Cluster::Requeue(uint64_t number, absl::Time now) {
   Charge(sequence, -OutstandingTokens(sequence));
   sequence.epoch = 0;
   sequence.pending_since = now;
-  pending_.Add(EntryOf(number));
+  AddPending(number);
   ++sequence.replays;
   const bool is_fruitful = sequence.generated.size() > sequence.generated_before;
   sequence.fruitless_replays = is_fruitful ? 0 : sequence.fruitless_replays + 1;
@@ -174,20 +184,16 @@ void Cluster::Requeue(uint64_t number, absl::Time now) {
     Fail(sequence.request, absl::UnavailableError(absl::StrCat("lost its worker group ", sequence.fruitless_replays,
                                                                " times without a token from any")));
   } else if (sequence.generated.size() >= live.request.sequence.sampling().max_tokens()) {
-    // The group was lost between its last token and the word that this was the last.
-    SequenceOutput last;
-    last.set_sequence(number);
-    last.set_token_offset(static_cast<uint32_t>(sequence.generated.size()));
-    last.set_finished(true);
-    last.set_reason(rankwise::v1::FINISH_REASON_LENGTH);
-    live.request.listener->OnOutput(sequence.sample, last, sequence.replays);
+    EndByLength(live, number, sequence.sample, sequence.generated.size(), sequence.replays);
     Erase(number, /*tells_group=*/false);
   }
 }
 
-// A group gets what it runs at once and half of that to keep it fed; what would wait longer can still go elsewhere.
+// A group gets what it runs at once and half of that to keep it fed; what would wait longer can still go elsewhere. All
+// of it may have to wait there, when memory is short.
 uint64_t Cluster::Group::limit() const {
-  return uint64_t{join.max_running()} + std::min(join.max_waiting(), join.max_running() / 2);
+  return std::max<uint64_t>(
+      1, std::min(uint64_t{join.max_running()} + join.max_running() / 2, uint64_t{join.max_waiting()}));
 }
 
 Cluster::Group* Cluster::LeastLoaded() {
@@ -203,12 +209,16 @@ Cluster::Group* Cluster::LeastLoaded() {
 }
 
 void Cluster::Dispatch() {
-  while (true) {
+  while (pending_.size() > 0) {
     Group* group = LeastLoaded();
-    const std::optional<uint64_t> number = pending_.Next(tenant_tokens_);
-    if (group == nullptr || !number) return;
+    if (group == nullptr) return;
+    const std::optional<uint64_t> number = pending_.Next(share_);
     Sequence& sequence = sequences_.at(*number);
-    pending_.Remove(EntryOf(*number));
+    RemovePending(*number);
+    if (!std::exchange(sequence.has_paid, true)) {
+      const Request& request = requests_.at(sequence.request).request;
+      share_.Pay(request.tenant, FairShare::kPromptUnits * request.sequence.prompt_size());
+    }
     for (const auto& [epoch, candidate] : groups_) {
       if (&candidate == group) sequence.epoch = epoch;
     }
@@ -245,34 +255,96 @@ void Cluster::StopGroups() {
 
 absl::Status Cluster::CheckRoom(uint32_t samples) const {
   absl::MutexLock lock(&mutex_);
-  return CheckRoomLocked(samples);
+  return CheckRoomLocked(samples, 0);
 }
 
-absl::Status Cluster::CheckRoomLocked(uint32_t samples) const {
-  if (is_draining_) return absl::UnavailableError("the coordinator drains and admits nothing more");
-  if (sequences_.size() + samples <= options_.max_live) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat(sequences_.size(), " samples are live and ", samples,
-                                                   " more would exceed the limit of ", options_.max_live));
+absl::Status Cluster::CheckRoomLocked(uint32_t samples, uint64_t tokens) const {
+  if (is_draining_) {
+    return WithRetryDelay(absl::UnavailableError("the coordinator drains and admits nothing more"), kDrainRetryDelay);
+  }
+  if (sequences_.size() + samples > options_.max_live) {
+    return WithRetryDelay(
+        absl::ResourceExhaustedError(absl::StrCat(sequences_.size(), " samples are live and ", samples,
+                                                  " more would exceed the limit of ", options_.max_live)),
+        TimeToEnd(sequences_.size() + samples - options_.max_live));
+  }
+  if (live_tokens_ + tokens > options_.max_live_tokens) {
+    const uint64_t share = std::max<uint64_t>(live_tokens_ / std::max<size_t>(sequences_.size(), 1), 1);
+    return WithRetryDelay(
+        absl::ResourceExhaustedError(absl::StrCat("the live requests may need ", live_tokens_, " tokens and ", tokens,
+                                                  " more would exceed the limit of ", options_.max_live_tokens)),
+        TimeToEnd((live_tokens_ + tokens - options_.max_live_tokens) / share + 1));
+  }
+  return absl::OkStatus();
+}
+
+absl::Duration Cluster::TimeToEnd(uint64_t samples) const {
+  if (ended_per_second_ <= 0) return kUnknownRetryDelay;
+  return std::clamp(absl::Seconds(static_cast<double>(samples) / ended_per_second_), kLeastRetryDelay, kMostRetryDelay);
+}
+
+void Cluster::MeasureRate(absl::Time now) {
+  const absl::Duration passed = now - rate_since_;
+  if (passed < absl::Seconds(1)) return;
+  const double rate = passed == absl::InfiniteDuration() ? 0 : ended_ / absl::ToDoubleSeconds(passed);
+  ended_per_second_ = (ended_per_second_ + rate) / 2;
+  ended_ = 0;
+  rate_since_ = now;
 }
 
 absl::StatusOr<RequestKey> Cluster::Submit(Request request, absl::Time now) {
   absl::MutexLock lock(&mutex_);
   RW_CHECK(request.samples > 0 && request.listener != nullptr);
-  RW_RETURN_IF_ERROR(CheckRoomLocked(request.samples));
+  const bool was_accepted = !request.delivered.empty();
+  const uint64_t tokens_each = uint64_t(request.sequence.prompt_size()) + request.sequence.sampling().max_tokens();
+  if (!was_accepted) RW_RETURN_IF_ERROR(CheckRoomLocked(request.samples, tokens_each * request.samples));
   const RequestKey key{next_request_++};
   if (!keys_.emplace(request.id, key).second) {
     return absl::AlreadyExistsError(absl::StrCat("request_id \"", request.id, "\" is live"));
   }
   LiveRequest& live = requests_[key];
   live.request = std::move(request);
-  for (uint32_t sample = 0; sample < live.request.samples; ++sample) {
-    const uint64_t number = next_sequence_++;
-    sequences_[number] = {.request = key, .sample = sample, .pending_since = now};
-    live.sequences.insert(number);
-    pending_.Add(EntryOf(number));
+  live.tokens_each = tokens_each;
+  if (live.request.deadline != absl::InfiniteFuture()) deadlines_.emplace(live.request.deadline, key);
+  const uint32_t samples = live.request.samples;
+  for (uint32_t sample = 0; sample < samples; ++sample) Begin(key, sample, now);
+  // What the journal has, the sequences have by now.
+  if (const auto found = requests_.find(key); found != requests_.end()) {
+    found->second.request.delivered.clear();
+    if (found->second.sequences.empty()) EraseRequest(key);
   }
+  const bool is_live = requests_.contains(key);
   Dispatch();
-  return key;
+  return is_live ? key : RequestKey{};
+}
+
+void Cluster::Begin(RequestKey key, uint32_t sample, absl::Time now) {
+  LiveRequest& live = requests_.at(key);
+  Delivered delivered;
+  if (sample < live.request.delivered.size()) delivered = std::move(live.request.delivered[sample]);
+  if (delivered.is_over) return;
+  const bool has_all = delivered.tokens.size() >= live.request.sequence.sampling().max_tokens();
+  if (has_all) return EndByLength(live, 0, sample, delivered.tokens.size(), 0);
+  const uint64_t number = next_sequence_++;
+  sequences_[number] = {.request = key,
+                        .sample = sample,
+                        .generated = std::move(delivered.tokens),
+                        .has_prompt_logprobs = delivered.has_prompt_logprobs,
+                        .pending_since = now};
+  live.sequences.insert(number);
+  live_tokens_ += live.tokens_each;
+  AddPending(number);
+}
+
+// The group, or the coordinator, was lost between the last token and the word that this was the last.
+void Cluster::EndByLength(const LiveRequest& live, uint64_t number, uint32_t sample, size_t generated,
+                          uint32_t replays) {
+  SequenceOutput last;
+  last.set_sequence(number);
+  last.set_token_offset(static_cast<uint32_t>(generated));
+  last.set_finished(true);
+  last.set_reason(rankwise::v1::FINISH_REASON_LENGTH);
+  live.request.listener->OnOutput(sample, last, replays);
 }
 
 void Cluster::Forget(RequestKey key) {
@@ -297,17 +369,15 @@ void Cluster::FailAll(const absl::Status& status) {
 
 void Cluster::Tick(absl::Time now) {
   absl::MutexLock lock(&mutex_);
-  std::vector<uint64_t> silent;
+  MeasureRate(now);
+  std::vector<std::pair<uint64_t, absl::Status>> lost;
   for (const auto& [epoch, group] : groups_) {
-    if (now - group.heard > Patience(group)) silent.push_back(epoch);
+    if (absl::Status alive = CheckAlive(group, now); !alive.ok()) lost.emplace_back(epoch, std::move(alive));
   }
-  for (const uint64_t epoch : silent) {
-    const absl::Duration silence = now - groups_.at(epoch).heard;
-    DropEpoch(epoch, absl::UnavailableError(absl::StrCat("no heartbeat for ", absl::FormatDuration(silence))), now);
-  }
+  for (const auto& [epoch, reason] : lost) DropEpoch(epoch, reason, now);
   std::set<RequestKey> expired, stranded;
-  for (const auto& [key, live] : requests_) {
-    if (now >= live.request.deadline) expired.insert(key);
+  for (auto next = deadlines_.begin(); next != deadlines_.end() && next->first <= now; ++next) {
+    expired.insert(next->second);
   }
   if (groups_.empty() && now - alone_since_ > options_.group_wait) {
     for (const auto& [number, sequence] : sequences_) {
@@ -316,20 +386,28 @@ void Cluster::Tick(absl::Time now) {
   }
   for (const RequestKey key : expired) EndAll(key, Ending::kDeadline);
   for (const RequestKey key : stranded) {
-    Fail(key, absl::UnavailableError(absl::StrCat("no worker group for ", absl::FormatDuration(options_.group_wait))));
+    Fail(key, WithRetryDelay(absl::UnavailableError(
+                                 absl::StrCat("no worker group for ", absl::FormatDuration(options_.group_wait))),
+                             kUnknownRetryDelay));
   }
   Dispatch();
 }
 
-absl::Duration Cluster::Patience(const Group& group) const {
-  if (group.sequences.empty()) return options_.group_timeout;
-  return std::max(options_.group_timeout, absl::Seconds(group.join.max_step_seconds()));
+absl::Status Cluster::CheckAlive(const Group& group, absl::Time now) const {
+  if (now - group.heard > options_.group_timeout) {
+    return absl::UnavailableError(absl::StrCat("no heartbeat for ", absl::FormatDuration(now - group.heard)));
+  }
+  const absl::Duration longest_step = absl::Seconds(group.join.max_step_seconds());
+  if (now - group.moved > std::max(options_.group_timeout, longest_step)) {
+    return absl::UnavailableError(absl::StrCat("no step for ", absl::FormatDuration(now - group.moved)));
+  }
+  return absl::OkStatus();
 }
 
 void Cluster::Erase(uint64_t number, bool tells_group) {
   const auto found = sequences_.find(number);
   const Sequence& sequence = found->second;
-  pending_.Remove(EntryOf(number));
+  RemovePending(number);
   if (sequence.epoch != 0) {
     Charge(sequence, -OutstandingTokens(sequence));
     Group& group = groups_.at(sequence.epoch);
@@ -342,11 +420,17 @@ void Cluster::Erase(uint64_t number, bool tells_group) {
   }
   const auto live = requests_.find(sequence.request);
   live->second.sequences.erase(number);
-  if (live->second.sequences.empty()) {
-    keys_.erase(live->second.request.id);
-    requests_.erase(live);
-  }
+  live_tokens_ -= live->second.tokens_each;
+  ++ended_;
+  if (live->second.sequences.empty()) EraseRequest(sequence.request);
   sequences_.erase(found);
+}
+
+void Cluster::EraseRequest(RequestKey key) {
+  const auto live = requests_.find(key);
+  keys_.erase(live->second.request.id);
+  deadlines_.erase({live->second.request.deadline, key});
+  requests_.erase(live);
 }
 
 void Cluster::EraseAll(RequestKey key) {
@@ -385,8 +469,19 @@ int64_t Cluster::OutstandingTokens(const Sequence& sequence) const {
 
 void Cluster::Charge(const Sequence& sequence, int64_t tokens) {
   groups_.at(sequence.epoch).outstanding_tokens += tokens;
-  const std::string& tenant = requests_.at(sequence.request).request.tenant;
-  if ((tenant_tokens_[tenant] += tokens) == 0) tenant_tokens_.erase(tenant);
+}
+
+void Cluster::AddPending(uint64_t number) {
+  const PendingQueue::Entry entry = EntryOf(number);
+  pending_.Add(entry);
+  share_.Arrive(entry.tenant);
+}
+
+void Cluster::RemovePending(uint64_t number) {
+  const PendingQueue::Entry entry = EntryOf(number);
+  if (!pending_.Contains(entry)) return;
+  pending_.Remove(entry);
+  share_.Depart(entry.tenant);
 }
 
 PendingQueue::Entry Cluster::EntryOf(uint64_t number) const {
@@ -423,6 +518,8 @@ rankwise::v1::GetLoadResponse Cluster::Load(absl::Time now) const {
   response.set_live(static_cast<uint32_t>(sequences_.size()));
   response.set_max_live(options_.max_live);
   response.set_draining(is_draining_);
+  response.set_live_tokens(live_tokens_);
+  response.set_max_live_tokens(options_.max_live_tokens);
   for (const auto& [epoch, group] : groups_) {
     rankwise::v1::GroupLoad& load = *response.add_groups();
     load = group.load;
@@ -439,8 +536,8 @@ rankwise::v1::GetLoadResponse Cluster::Load(absl::Time now) const {
 void Cluster::CheckInvariants() const {
   absl::MutexLock lock(&mutex_);
   std::map<uint64_t, int64_t> group_tokens;
-  absl::flat_hash_map<std::string, int64_t> tenant_tokens;
   size_t held = 0, pending = 0, owned = 0;
+  uint64_t live_tokens = 0;
   for (const auto& [number, sequence] : sequences_) {
     const LiveRequest& live = requests_.at(sequence.request);
     RW_CHECK(live.sequences.contains(number));
@@ -452,10 +549,8 @@ void Cluster::CheckInvariants() const {
     ++held;
     RW_CHECK(groups_.at(sequence.epoch).sequences.contains(number));
     group_tokens[sequence.epoch] += OutstandingTokens(sequence);
-    tenant_tokens[live.request.tenant] += OutstandingTokens(sequence);
   }
   RW_CHECK(pending == pending_.size());
-  RW_CHECK(tenant_tokens == tenant_tokens_);
   for (const auto& [epoch, group] : groups_) {
     RW_CHECK(group.sequences.size() <= group.limit());
     RW_CHECK(group_tokens[epoch] == group.outstanding_tokens);
@@ -465,8 +560,10 @@ void Cluster::CheckInvariants() const {
   for (const auto& [key, live] : requests_) {
     RW_CHECK(!live.sequences.empty() && keys_.at(live.request.id) == key);
     owned += live.sequences.size();
+    live_tokens += live.tokens_each * live.sequences.size();
   }
-  RW_CHECK(owned == sequences_.size() && keys_.size() == requests_.size() && owned <= options_.max_live);
+  RW_CHECK(owned == sequences_.size() && keys_.size() == requests_.size());
+  RW_CHECK(live_tokens == live_tokens_);
 }
 
 }  // namespace rankwise::cluster

@@ -5,12 +5,14 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "coordinator/cluster/fair_share.h"
 #include "coordinator/cluster/pending_queue.h"
 #include "proto/worker.pb.h"
 
@@ -46,12 +48,21 @@ class SampleListener {
 };
 
 struct ClusterOptions {
-  uint32_t max_live = 1024;  // samples accepted and unfinished
-  // Without a heartbeat a group is lost; one with work may be silent as long as it announced that a step can take.
-  absl::Duration group_timeout = absl::Seconds(10);
+  uint32_t max_live = 1024;                      // samples accepted and unfinished
+  uint64_t max_live_tokens = uint64_t{1} << 24;  // prompt + max_tokens of these
+  // A group from which nothing is heard for so long is lost. So is one that beats, but shows neither a step nor a load
+  // for as long as it announced that a step can take.
+  absl::Duration group_timeout = absl::Seconds(2.5);
   absl::Duration group_wait = absl::Seconds(30);  // how long a sample waits while there is no group
   // A sample that loses so many groups in a row and gets no token from any is taken for their end, and fails.
   uint32_t max_fruitless_replays = 4;
+};
+
+// What a journal knows of a sample: what its listener has had before.
+struct Delivered {
+  std::vector<int32_t> tokens;
+  bool has_prompt_logprobs = false;
+  bool is_over = false;
 };
 
 struct Request {
@@ -60,6 +71,7 @@ struct Request {
   worker::v1::Submit sequence;  // sample i uses its seed + i; `sequence` and `generated` are not set
   uint32_t samples = 1;
   absl::Time deadline = absl::InfiniteFuture();
+  std::vector<Delivered> delivered;    // by sample, of a request that was accepted before; else empty
   SampleListener* listener = nullptr;  // must outlive the request
 };
 
@@ -67,7 +79,8 @@ struct Request {
 //
 // Invariants: (1) A sequence waits in `pending_`, or belongs to exactly one live epoch. (2) `generated` of a sequence
 // is what its listener got, and its length is the only offset at which output is taken. (3) Messages of a dead epoch
-// change nothing. (4) A group's and a tenant's outstanding tokens are the sums over the sequences that groups hold.
+// change nothing. (4) A group's outstanding tokens are the sum over the sequences that it holds; the live tokens
+// are that over all requests.
 class Cluster {
  public:
   explicit Cluster(const ClusterOptions& options) : options_(options) {}
@@ -77,14 +90,16 @@ class Cluster {
   absl::StatusOr<worker::v1::Welcome> Join(const worker::v1::Join& join, GroupChannel* channel, absl::Time now);
   // The stream of `epoch` ended: what it held is submitted again, with the tokens delivered so far. Idempotent.
   void Leave(uint64_t epoch, absl::Time now);
+  void TakeHeartbeat(uint64_t epoch, absl::Time now);
   void TakeLoad(uint64_t epoch, const rankwise::v1::GroupLoad& load, absl::Time now);
   // A group that breaks the protocol loses its epoch.
   void TakeOutputs(uint64_t epoch, const worker::v1::Outputs& outputs, absl::Time now);
 
   // Requests. ResourceExhausted when `samples` more would exceed max_live, Unavailable while draining: Submit would
-  // refuse.
+  // refuse. Both name a retry delay (retry_delay.h): how long, at the present rate, until there is room.
   absl::Status CheckRoom(uint32_t samples) const;
-  // All samples or none. Also AlreadyExists when a live request has the same id.
+  // All samples or none. As CheckRoom, also for max_live_tokens; AlreadyExists when a live request has the same id. One
+  // that was accepted before finds room always; its key is 0 when all its samples are over.
   absl::StatusOr<RequestKey> Submit(Request request, absl::Time now);
   // Forgets the request and frees what groups hold for it. No call to its listener follows. Idempotent.
   void Forget(RequestKey key);
@@ -113,7 +128,8 @@ class Cluster {
     uint64_t id = 0;  // the lowest free one: a relaunched group mostly gets its old one
     worker::v1::Join join;
     GroupChannel* channel = nullptr;
-    absl::Time heard;
+    absl::Time heard;  // any message
+    absl::Time moved;  // a load or outputs: its engine got on
     rankwise::v1::GroupLoad load;
     std::set<uint64_t> sequences;
     int64_t outstanding_tokens = 0;
@@ -123,38 +139,50 @@ class Cluster {
   struct LiveRequest {
     Request request;
     std::set<uint64_t> sequences;
+    uint64_t tokens_each = 0;  // prompt + max_tokens of one sample
   };
   struct Sequence {
     RequestKey request{};
     uint32_t sample = 0;
     std::vector<int32_t> generated;
     bool has_prompt_logprobs = false;  // they were delivered
+    bool has_paid = false;             // for its prompt
     uint64_t epoch = 0;                // 0: pending
     absl::Time pending_since;
     size_t generated_before = 0;  // when it got its epoch
     uint32_t replays = 0, fruitless_replays = 0;
   };
 
-  absl::Status CheckRoomLocked(uint32_t samples) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status CheckRoomLocked(uint32_t samples, uint64_t tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  static void EndByLength(const LiveRequest& live, uint64_t number, uint32_t sample, size_t generated,
+                          uint32_t replays);
+  void Begin(RequestKey key, uint32_t sample, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // How long until so many samples have ended.
+  absl::Duration TimeToEnd(uint64_t samples) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void MeasureRate(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AddPending(uint64_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void RemovePending(uint64_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void DropEpoch(uint64_t epoch, const absl::Status& reason, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Requeue(uint64_t number, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Dispatch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Group* LeastLoaded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   worker::v1::Submit MakeSubmit(uint64_t number) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Duration Patience(const Group& group) const;
+  // OK, or why the group is lost.
+  absl::Status CheckAlive(const Group& group, absl::Time now) const;
   absl::Status TakeOutput(uint64_t epoch, const worker::v1::SequenceOutput& output)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status CheckOutput(const Sequence& sequence, const worker::v1::SequenceOutput& output) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // Ends of a sequence and of a whole request; the request goes with its last sequence.
+  void EraseRequest(RequestKey key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Erase(uint64_t number, bool tells_group) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void EndAll(RequestKey key, Ending ending) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Fail(RequestKey key, const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void EraseAll(RequestKey key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   int64_t OutstandingTokens(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Adds to what the sequence's group and tenant hold.
+  // Adds to what the sequence's group holds.
   void Charge(const Sequence& sequence, int64_t tokens) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   PendingQueue::Entry EntryOf(uint64_t number) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -162,10 +190,15 @@ class Cluster {
   mutable absl::Mutex mutex_;
   std::map<uint64_t, Group> groups_ ABSL_GUARDED_BY(mutex_);  // by epoch
   std::map<RequestKey, LiveRequest> requests_ ABSL_GUARDED_BY(mutex_);
-  absl::flat_hash_map<std::string, RequestKey> keys_ ABSL_GUARDED_BY(mutex_);  // by request id
+  std::set<std::pair<absl::Time, RequestKey>> deadlines_ ABSL_GUARDED_BY(mutex_);  // the finite ones
+  absl::flat_hash_map<std::string, RequestKey> keys_ ABSL_GUARDED_BY(mutex_);      // by request id
   std::map<uint64_t, Sequence> sequences_ ABSL_GUARDED_BY(mutex_);
   PendingQueue pending_ ABSL_GUARDED_BY(mutex_);
-  absl::flat_hash_map<std::string, int64_t> tenant_tokens_ ABSL_GUARDED_BY(mutex_);  // no value is 0
+  FairShare share_ ABSL_GUARDED_BY(mutex_);
+  uint64_t live_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t ended_ ABSL_GUARDED_BY(mutex_) = 0;           // samples, since rate_since_
+  double ended_per_second_ ABSL_GUARDED_BY(mutex_) = 0;  // of the last seconds
+  absl::Time rate_since_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   std::optional<rankwise::v1::GetModelInfoResponse> model_ ABSL_GUARDED_BY(mutex_);
   absl::Time alone_since_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();  // when the last group was lost
   uint64_t next_epoch_ ABSL_GUARDED_BY(mutex_) = 1;

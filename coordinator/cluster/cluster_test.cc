@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "coordinator/cluster/retry_delay.h"
 #include "coordinator/cluster/simulation.h"
 
 namespace rankwise::cluster {
@@ -222,9 +223,10 @@ TEST(RoutingTest, AGroupGetsNoMoreThanItAnnounced) {
   Request request = MakeRequest("r", 8, LongSeed(8));
   request.samples = 20;
   const Client client(cluster, request, kStart);
-  EXPECT_THAT(a.Submitted(), SizeIs(5));
+  // What comes at once waits at once: more than it lets wait it would refuse.
+  EXPECT_THAT(a.Submitted(), SizeIs(1));
   EXPECT_THAT(b.Submitted(), SizeIs(6));
-  EXPECT_EQ(cluster.Load(kStart).queued(), 9u);
+  EXPECT_EQ(cluster.Load(kStart).queued(), 13u);
 }
 
 // The order in which a group of one sequence gets them.
@@ -252,9 +254,83 @@ TEST(FairnessTest, PriorityThenTenantThenAge) {
   request.sequence.set_priority(1);
   request.samples = 1;  // 7
   const Client urgent(cluster, request, kStart);
-  SimulatedGroup group(cluster, kStart, MakeJoin(2, 0));
+  SimulatedGroup group(cluster, kStart, MakeJoin(2, 2));
   EXPECT_THAT(group.Submitted(), ElementsAre(7, 5));  // a holds 7, so b's turn
   EXPECT_THAT(Order(cluster, group), ElementsAre(7, 5, 1, 6, 2, 3, 4));
+}
+
+// "b" comes when "a" has had much: it does not catch up on what it never asked for, and then they take turns.
+TEST(FairnessTest, ATenantThatComesLateIsNoCreditor) {
+  Cluster cluster({});
+  SimulatedGroup group(cluster, kStart, MakeJoin(1, 1));
+  Request request = MakeRequest("a", 1, LongSeed(1));
+  request.tenant = "a";
+  request.samples = 10;  // 1 to 10
+  const Client a(cluster, request, kStart);
+  for (int step = 0; step < 4; ++step) group.StepAndDeliver(kStart);  // 1 to 4
+  request.id = "b";
+  request.tenant = "b";
+  request.samples = 3;  // 11 to 13
+  const Client b(cluster, request, kStart);
+  EXPECT_THAT(Order(cluster, group), ElementsAre(5, 11, 6, 12, 7, 13, 8, 9, 10));
+}
+
+TEST(AdmissionTest, TokensAreALimitAndARefusalNamesADelay) {
+  Cluster cluster({.max_live = 10, .max_live_tokens = 100});
+  SimulatedGroup group(cluster, kStart);
+  const Client held(cluster, MakeRequest("held", 76, LongSeed(76)), kStart);  // 80 with the prompt
+  const Client fits(cluster, MakeRequest("fits", 11, LongSeed(11)), kStart);
+  const absl::Status refused = Client(cluster, MakeRequest("more", 2), kStart).submitted.status();
+  EXPECT_TRUE(absl::IsResourceExhausted(refused)) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("limit of 100"));
+  ASSERT_TRUE(RetryDelay(refused).has_value());
+  EXPECT_EQ(*RetryDelay(refused), absl::Seconds(5));  // nothing has ended yet
+  cluster.CheckInvariants();
+  // Four end each second; one has to.
+  absl::Time now = kStart;
+  for (int second = 0; second < 30; ++second) {
+    for (int i = 0; i < 4; ++i) cluster.Forget(*Client(cluster, MakeRequest("short", 1), now).submitted);
+    cluster.Tick(now += absl::Seconds(1));
+    cluster.TakeHeartbeat(group.epoch(), now);
+  }
+  const absl::Status later = Client(cluster, MakeRequest("more", 2), now).submitted.status();
+  EXPECT_NEAR(absl::ToDoubleSeconds(*RetryDelay(later)), 0.25, 0.05);
+  cluster.StartDrain();
+  EXPECT_TRUE(RetryDelay(cluster.CheckRoom(1)).has_value());
+}
+
+TEST(AdmissionTest, WhatWasAcceptedBeforeGoesOnWhereItWas) {
+  const uint64_t seed = LongSeed(8);
+  Cluster cluster({.max_live = 1});
+  SimulatedGroup group(cluster, kStart);
+  const Client other(cluster, MakeRequest("other"), kStart);  // there is no room
+  Request request = MakeRequest("r", 8, seed);
+  request.samples = 4;
+  request.delivered.resize(4);
+  for (size_t i = 0; i < 3; ++i) request.delivered[0].tokens.push_back(OracleToken(seed, i));
+  request.delivered[1].is_over = true;
+  Client client(cluster, std::move(request), kStart, {3, 0, 0, 0});
+  ASSERT_TRUE(client.submitted.ok()) << client.submitted.status();
+  EXPECT_EQ(cluster.live(), 4u);
+  for (int step = 0; step < 40 && cluster.live() > 0; ++step) group.StepAndDeliver(kStart);
+  EXPECT_TRUE(client.samples[0].is_finished);
+  EXPECT_FALSE(client.samples[1].is_finished);  // nobody said anything of it again
+  EXPECT_TRUE(client.samples[2].is_finished && client.samples[3].is_finished);
+  cluster.CheckInvariants();
+}
+
+TEST(AdmissionTest, OfWhatIsWhollyDeliveredOnlyTheEndIsTold) {
+  const uint64_t seed = LongSeed(2);
+  Cluster cluster({});
+  Request request = MakeRequest("r", 2, seed);
+  request.delivered.push_back({.tokens = {OracleToken(seed, 0), OracleToken(seed, 1)}});
+  Client client(cluster, std::move(request), kStart, {2});
+  ASSERT_TRUE(client.submitted.ok());
+  EXPECT_TRUE(client.is_whole());
+  EXPECT_EQ(cluster.live(), 0u);
+  const Client again(cluster, MakeRequest("r"), kStart);  // the id is free
+  EXPECT_TRUE(again.submitted.ok());
+  cluster.CheckInvariants();
 }
 
 TEST(AdmissionTest, MaxLiveCountsSamplesAndRefusesAllOrNone) {
@@ -357,18 +433,37 @@ TEST(TimeTest, ASilentGroupIsLostAndAnAbsentOneIsWaitedFor) {
   cluster.CheckInvariants();
 }
 
-TEST(TimeTest, AGroupWithWorkMayBeSilentForALongStep) {
-  Cluster cluster({.group_timeout = absl::Seconds(10)});
+TEST(TimeTest, AGroupThatBeatsMayTakeLongOverAStepButNotForEver) {
+  Cluster cluster({.group_timeout = absl::Seconds(2)});
   worker::v1::Join join = MakeJoin();
   join.set_max_step_seconds(60);
   SimulatedGroup group(cluster, kStart, join);
   Client client(cluster, MakeRequest("r", 1, LongSeed(1)), kStart);
-  cluster.Tick(kStart + absl::Seconds(60));
+  absl::Time now = kStart;
+  const auto beat_until = [&](absl::Time end) {
+    for (; now < end; now += absl::Seconds(1)) {
+      cluster.TakeHeartbeat(group.epoch(), now);
+      cluster.Tick(now);
+    }
+  };
+  beat_until(kStart + absl::Seconds(60));
   EXPECT_FALSE(group.closed().has_value());
-  group.StepAndDeliver(kStart + absl::Seconds(60));
+  group.StepAndDeliver(now);
   EXPECT_TRUE(client.is_whole());
-  cluster.Tick(kStart + absl::Seconds(71));
-  EXPECT_TRUE(group.closed().has_value());
+  beat_until(kStart + absl::Seconds(120));
+  EXPECT_FALSE(group.closed().has_value());
+  beat_until(kStart + absl::Seconds(122));
+  ASSERT_TRUE(group.closed().has_value());
+  EXPECT_THAT(std::string(group.closed()->message()), HasSubstr("no step for"));
+}
+
+TEST(TimeTest, AHeartbeatOfADeadEpochChangesNothing) {
+  Cluster cluster({.group_timeout = absl::Seconds(2)});
+  SimulatedGroup group(cluster, kStart);
+  cluster.Tick(kStart + absl::Seconds(3));
+  ASSERT_TRUE(group.closed().has_value());
+  cluster.TakeHeartbeat(group.epoch(), kStart + absl::Seconds(3));
+  EXPECT_FALSE(cluster.is_serving());
 }
 
 }  // namespace

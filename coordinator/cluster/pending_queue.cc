@@ -18,12 +18,18 @@ void PendingQueue::Remove(const Entry& entry) {
   if (level->second.empty()) priorities_.erase(level);
 }
 
-std::optional<uint64_t> PendingQueue::Next(const absl::flat_hash_map<std::string, int64_t>& held_tokens) const {
+bool PendingQueue::Contains(const Entry& entry) const {
+  const auto level = priorities_.find(entry.priority);
+  if (level == priorities_.end()) return false;
+  const auto tenant = level->second.find(entry.tenant);
+  return tenant != level->second.end() && tenant->second.contains(entry.sequence);
+}
+
+std::optional<uint64_t> PendingQueue::Next(const FairShare& share) const {
   if (priorities_.empty()) return std::nullopt;
   std::optional<std::pair<int64_t, uint64_t>> best;
   for (const auto& [tenant, sequences] : priorities_.begin()->second) {
-    const auto held = held_tokens.find(tenant);
-    const std::pair<int64_t, uint64_t> candidate(held == held_tokens.end() ? 0 : held->second, *sequences.begin());
+    const std::pair<int64_t, uint64_t> candidate(share.paid(tenant), *sequences.begin());
     if (!best || candidate < *best) best = candidate;
   }
   return best->second;

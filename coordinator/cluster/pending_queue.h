@@ -6,12 +6,12 @@
 #include <set>
 #include <string>
 
-#include "absl/container/flat_hash_map.h"
+#include "coordinator/cluster/fair_share.h"
 
 namespace rankwise::cluster {
 
-// Sequences that wait for a group. Next: the highest priority; of one priority the tenant that holds the fewest
-// outstanding tokens, so that a tenant's burst delays mostly itself; of one tenant the oldest sequence.
+// Sequences that wait for a group. Next: the highest priority; of one priority the tenant that has paid the least, so
+// that a tenant's burst delays mostly itself; of one tenant the oldest sequence.
 class PendingQueue {
  public:
   struct Entry {
@@ -23,8 +23,8 @@ class PendingQueue {
   void Add(const Entry& entry);
   // Idempotent.
   void Remove(const Entry& entry);
-  // `held_tokens` by tenant; a missing tenant holds none.
-  std::optional<uint64_t> Next(const absl::flat_hash_map<std::string, int64_t>& held_tokens) const;
+  std::optional<uint64_t> Next(const FairShare& share) const;
+  bool Contains(const Entry& entry) const;
   uint32_t size() const { return size_; }
 
  private:

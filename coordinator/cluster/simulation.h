@@ -164,7 +164,14 @@ class Client : public SampleListener {
     uint32_t replays = 0;
   };
 
-  Client(Cluster& cluster, Request request, absl::Time now) : samples(request.samples) {
+  // `delivered`: tokens that it has of each sample already.
+  Client(Cluster& cluster, Request request, absl::Time now, std::vector<size_t> delivered = {})
+      : samples(request.samples) {
+    for (size_t i = 0; i < delivered.size(); ++i) {
+      for (size_t token = 0; token < delivered[i]; ++token) {
+        samples[i].tokens.push_back(OracleToken(request.sequence.sampling().seed() + i, token));
+      }
+    }
     request.listener = this;
     seed_ = request.sequence.sampling().seed();
     max_tokens_ = request.sequence.sampling().max_tokens();
