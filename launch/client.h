@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "proto/credentials.h"
 #include "proto/inference.grpc.pb.h"
 
 namespace rankwise::launch {
@@ -14,6 +15,7 @@ namespace rankwise::launch {
 struct EndpointFlags {
   std::string endpoint;
   std::string endpoint_file;
+  wire::CredentialFiles credentials;
 };
 
 void AddEndpointFlags(CLI::App& command, EndpointFlags& flags);
@@ -21,7 +23,19 @@ void AddEndpointFlags(CLI::App& command, EndpointFlags& flags);
 // --endpoint, else the content of --endpoint-file, else $RANKWISE_ENDPOINT.
 absl::StatusOr<std::string> ResolveEndpoint(const EndpointFlags& flags);
 
-std::unique_ptr<rankwise::v1::Inference::Stub> ConnectTo(const std::string& endpoint);
+// --token-file, else the file that `serve` wrote beside --endpoint-file, else $RANKWISE_TOKEN_FILE, else the one that
+// `serve` wrote into our home, else none; the TLS files of the flags, else $RANKWISE_TLS_CA, $RANKWISE_TLS_CERT,
+// $RANKWISE_TLS_KEY. Errors of wire::ReadCredentials.
+absl::StatusOr<wire::Credentials> ResolveCredentials(const EndpointFlags& flags);
+// Where `serve` leaves the clients' token: beside FILE of --endpoint-file; and in $HOME, which the hosts of a cluster
+// share, so that the same user's --endpoint finds it (empty without $HOME).
+std::string TokenFileOf(const std::string& endpoint_file);
+std::string HomeTokenFileOf(const std::string& endpoint);
+
+std::unique_ptr<rankwise::v1::Inference::Stub> ConnectTo(const std::string& endpoint,
+                                                         const wire::Credentials& credentials = {});
+// Endpoint and credentials of the flags.
+absl::StatusOr<std::unique_ptr<rankwise::v1::Inference::Stub>> Connect(const EndpointFlags& flags);
 
 absl::Status FromGrpc(const grpc::Status& status);
 

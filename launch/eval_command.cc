@@ -78,7 +78,8 @@ class Server {
                                                        const Interrupt& interrupt) {
     auto server = std::make_unique<Server>();
     if (!compared.endpoint.empty()) {
-      server->stub_ = ConnectTo(compared.endpoint);
+      RW_ASSIGN_OR_RETURN(const wire::Credentials credentials, ResolveCredentials(flags.endpoint));
+      server->stub_ = ConnectTo(compared.endpoint, credentials);
       return server;
     }
     RW_ASSIGN_OR_RETURN(ClusterOptions options, ToClusterOptions(flags.cluster));

@@ -26,6 +26,7 @@
 #include "launch/client.h"
 #include "launch/commands.h"
 #include "launch/interrupt.h"
+#include "launch/resuming_stream.h"
 
 namespace rankwise::launch {
 namespace {
@@ -49,6 +50,7 @@ struct GenerateFlags {
   std::string token_ids;
   GenerateRequest request;
   double deadline_seconds = 600;
+  double linger_seconds = 60;
   bool is_json = false;
 };
 
@@ -128,6 +130,11 @@ void AddRequestFlags(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--deadline", flags.deadline_seconds, "Seconds")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  command
+      .add_option("--linger", flags.linger_seconds,
+                  "Seconds to go on in the coordinator, and to look for it, when the connection is lost; 0: neither")
+      ->check(CLI::Range(0.0, 3600.0))
+      ->capture_default_str();
   command.add_flag("--json", flags.is_json, "Print every message of the stream as a line of JSON");
 }
 
@@ -148,15 +155,15 @@ absl::Status FillPrompt(GenerateFlags& flags) {
   return absl::OkStatus();
 }
 
-// Cancels the call when a signal comes, until it is destroyed.
+// Cancels the request when a signal comes, until it is destroyed.
 class CancelOnSignal {
  public:
-  CancelOnSignal(const Interrupt& interrupt, grpc::ClientContext& context)
-      : end_fd_(eventfd(0, EFD_CLOEXEC)), thread_([fd = interrupt.fd(), end = end_fd_, &context] {
+  CancelOnSignal(const Interrupt& interrupt, ResumingStream& stream)
+      : end_fd_(eventfd(0, EFD_CLOEXEC)), thread_([fd = interrupt.fd(), end = end_fd_, &stream] {
           pollfd events[] = {{fd, POLLIN, 0}, {end, POLLIN, 0}};
           while (poll(events, 2, -1) < 0) {
           }
-          if (events[0].revents != 0) context.TryCancel();
+          if (events[0].revents != 0) stream.Cancel();
         }) {}
   ~CancelOnSignal() {
     eventfd_write(end_fd_, 1);
@@ -222,15 +229,22 @@ struct Summary {
 absl::Status Generate(GenerateFlags& flags) {
   const Interrupt interrupt;
   RW_RETURN_IF_ERROR(FillPrompt(flags));
-  RW_ASSIGN_OR_RETURN(const std::string endpoint, ResolveEndpoint(flags.endpoint));
-  const auto stub = ConnectTo(endpoint);
-  grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(flags.deadline_seconds)));
-  const CancelOnSignal cancel(interrupt, context);
+  RW_ASSIGN_OR_RETURN(const auto stub, Connect(flags.endpoint));
+  ResumeOptions options{.deadline = absl::Now() + absl::Seconds(flags.deadline_seconds),
+                        .linger = absl::Seconds(flags.linger_seconds)};
+  int lost = 0;
+  bool has_begun = false;
+  // A coordinator that was never there is a mistake, one that is gone comes back.
+  options.may_retry = [&](const absl::Status& status) {
+    if (has_begun && lost++ == 0) absl::FPrintF(stderr, "[lost the coordinator: %s; going on]\n", status.message());
+    return has_begun && flags.linger_seconds > 0;
+  };
+  ResumingStream stream(*stub, flags.request, options);
+  const CancelOnSignal cancel(interrupt, stream);
   Summary summary;
   TextOutput output;
-  const auto reader = stub->Generate(&context, flags.request);
-  for (GenerateResponse piece; reader->Read(&piece);) {
+  for (GenerateResponse piece; stream.Read(&piece);) {
+    has_begun = true;
     summary.Add(piece);
     if (flags.is_json) {
       std::string json;
@@ -243,10 +257,10 @@ absl::Status Generate(GenerateFlags& flags) {
       output.Add(piece);
     }
   }
-  const grpc::Status status = reader->Finish();
+  const absl::Status status = stream.Finish();
   if (!status.ok() && summary.tokens > 0 && !flags.is_json) absl::PrintF("\n");
   summary.Print();
-  return FromGrpc(status);
+  return status;
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include "base/log.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
+#include "launch/client.h"
 
 namespace rankwise::launch {
 namespace {
@@ -40,6 +41,7 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(ClusterOptions
   AdoptOrphans();
   std::unique_ptr<LocalCluster> cluster(
       new LocalCluster(std::move(options), std::move(folder), std::move(shared_memory)));
+  RW_RETURN_IF_ERROR(cluster->MakeCredentials());
   cluster->programs_.push_back({.name = "coordinator", .options = cluster->CoordinatorOptions()});
   RW_RETURN_IF_ERROR(cluster->StartProgram(cluster->programs_[0]));
   RW_RETURN_IF_ERROR(cluster->WaitEndpoint());
@@ -69,6 +71,19 @@ void LocalCluster::Kill() {
   is_finished_ = true;
 }
 
+std::string LocalCluster::TokenFile(const char* of) const { return absl::StrCat(folder_.path(), "/", of, ".token"); }
+
+absl::Status LocalCluster::MakeCredentials() {
+  const wire::CredentialFiles& tls = options_.tls;
+  if (tls.tls_cert.empty() != tls.tls_ca.empty())
+    return absl::InvalidArgumentError("TLS needs a certificate, its key, and the CA that has signed it");
+  RW_ASSIGN_OR_RETURN(credentials_, wire::ReadCredentials(tls));
+  if (!options_.has_tokens) return absl::OkStatus();
+  credentials_.token = options_.client_token.empty() ? wire::FreshToken() : options_.client_token;
+  RW_RETURN_IF_ERROR(wire::WriteToken(TokenFile("client"), credentials_.token));
+  return wire::WriteToken(TokenFile("worker"), wire::FreshToken());
+}
+
 ChildOptions LocalCluster::CoordinatorOptions() const {
   ChildOptions child;
   // The coordinator's own limit ends first, so that it tells its clients before it is killed.
@@ -81,6 +96,15 @@ ChildOptions LocalCluster::CoordinatorOptions() const {
                    absl::StrCat(folder_.path(), "/endpoint"),
                    "--drain-timeout",
                    absl::StrCat(absl::ToDoubleSeconds(options_.drain_timeout) * 0.9)};
+  if (options_.has_tokens) {
+    child.command.insert(child.command.end(),
+                         {"--token-file", TokenFile("client"), "--worker-token-file", TokenFile("worker")});
+  }
+  const wire::CredentialFiles& tls = options_.tls;
+  if (!tls.tls_cert.empty()) {
+    child.command.insert(child.command.end(), {"--tls-cert", tls.tls_cert, "--tls-key", tls.tls_key});
+    if (options_.is_tls_mutual) child.command.insert(child.command.end(), {"--tls-client-ca", tls.tls_ca});
+  }
   child.command.insert(child.command.end(), options_.coordinator_flags.begin(), options_.coordinator_flags.end());
   if (!options_.log_folder.empty()) child.log_path = absl::StrCat(options_.log_folder, "/coordinator.log");
   return child;
@@ -94,6 +118,11 @@ ChildOptions LocalCluster::GroupOptions(int index) const {
                    "lo", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl_vader_backing_directory",
                    shared_memory_.path(), absl::StrCat(options_.program_folder, "/rankwise-worker"), "--model",
                    options_.model, "--coordinator", endpoint_};
+  if (options_.has_tokens) child.command.insert(child.command.end(), {"--token-file", TokenFile("worker")});
+  const wire::CredentialFiles& tls = options_.tls;
+  if (!tls.tls_cert.empty()) child.command.insert(child.command.end(), {"--tls-ca", tls.tls_ca});
+  if (options_.is_tls_mutual)
+    child.command.insert(child.command.end(), {"--tls-cert", tls.tls_cert, "--tls-key", tls.tls_key});
   child.command.insert(child.command.end(), options_.worker_flags.begin(), options_.worker_flags.end());
   // Open MPI refuses root without these two words.
   child.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
@@ -122,7 +151,7 @@ absl::Status LocalCluster::WaitEndpoint() {
     if (auto text = ReadTextFile(path, 4096); text.ok() && !text->empty()) {
       endpoint_ = std::string(absl::StripAsciiWhitespace(*text));
       programs_[0].options = CoordinatorOptions();  // a restarted one comes back where it was
-      stub_ = rankwise::v1::Inference::NewStub(grpc::CreateChannel(endpoint_, grpc::InsecureChannelCredentials()));
+      stub_ = ConnectTo(endpoint_, credentials_);
       return absl::OkStatus();
     }
     if (const auto state = coordinator.child->Wait(absl::Now() + kPollEndpoint))

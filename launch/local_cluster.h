@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "launch/child_process.h"
 #include "launch/restart_policy.h"
+#include "proto/credentials.h"
 #include "proto/inference.grpc.pb.h"
 
 namespace rankwise::launch {
@@ -19,6 +20,14 @@ struct ClusterOptions {
   int tp = 1;        // ranks of one group
   int replicas = 1;  // groups
   std::string listen = "127.0.0.1:0";
+  // Who may call. With tokens, the default, clients and groups need one each, made anew for this cluster; the clients'
+  // is `client_token` when that is set.
+  bool has_tokens = true;
+  std::string client_token;
+  // TLS on both links: the coordinator's certificate, which names the address of `listen`, its key, and the CA that has
+  // signed it. Mutual: clients and groups show one of that CA too, the groups the same.
+  wire::CredentialFiles tls;
+  bool is_tls_mutual = false;
   std::vector<std::string> coordinator_flags;  // beside those that follow from the above
   std::vector<std::string> worker_flags;
   std::string program_folder = ProgramFolder();
@@ -40,7 +49,12 @@ class LocalCluster {
   ~LocalCluster();
 
   const std::string& endpoint() const { return endpoint_; }
+  // What a client has to show and to expect.
+  const wire::Credentials& credentials() const { return credentials_; }
+  // Where the clients' token lies, readable by our user, while the cluster lives.
+  std::string token_file() const { return TokenFile("client"); }
   rankwise::v1::Inference::Stub& stub() { return *stub_; }
+  const std::string& log_folder() const { return options_.log_folder; }
   bool is_finished() const { return is_finished_; }
   // The pid of mpirun for group `index`, 0 while it waits for its restart; of the coordinator for -1.
   pid_t pid(int index) const;
@@ -71,6 +85,8 @@ class LocalCluster {
   ChildOptions CoordinatorOptions() const;
   ChildOptions GroupOptions(int index) const;
   absl::Status StartProgram(Program& program);
+  absl::Status MakeCredentials();
+  std::string TokenFile(const char* of) const;
   absl::Status WaitEndpoint();
   absl::Status OnEnd(Program& program, const ExitState& state);
   void KillOrphansOfGroups();
@@ -81,6 +97,7 @@ class LocalCluster {
   const ClusterOptions options_;
   const PrivateFolder folder_;
   const PrivateFolder shared_memory_;  // of MPI: a killed mpirun leaves its segments behind
+  wire::Credentials credentials_;
   std::string endpoint_;
   std::unique_ptr<rankwise::v1::Inference::Stub> stub_;
   std::vector<Program> programs_;  // the coordinator, then the groups

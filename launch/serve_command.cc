@@ -3,12 +3,15 @@
 #include <memory>
 #include <string>
 #include <system_error>
+#include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
+#include "launch/client.h"
 #include "launch/cluster_flags.h"
 #include "launch/commands.h"
 #include "launch/interrupt.h"
@@ -36,6 +39,9 @@ struct ServeFlags {
   std::string kv_scales;
   std::string listen = "127.0.0.1:0";
   std::string endpoint_file;
+  std::string token_file, journal;
+  bool has_no_token = false, is_tls_mutual = false;
+  wire::CredentialFiles tls;
   double drain_seconds = 30;
   int max_live = 0, max_running = 0, max_step_rows = 0, max_chunk_rows = 0, max_tokens = 0;
   bool is_prefix_cache_off = false;
@@ -53,6 +59,15 @@ absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
   RW_ASSIGN_OR_RETURN(ClusterOptions options, ToClusterOptions(flags.cluster));
   options.listen = flags.listen;
   options.drain_timeout = absl::Seconds(flags.drain_seconds);
+  options.has_tokens = !flags.has_no_token;
+  options.tls = flags.tls;
+  options.is_tls_mutual = flags.is_tls_mutual;
+  if (!flags.token_file.empty()) {
+    RW_ASSIGN_OR_RETURN(const wire::Credentials given, wire::ReadCredentials({.token = flags.token_file}));
+    options.client_token = given.token;
+  }
+  if (!flags.journal.empty())
+    options.coordinator_flags.insert(options.coordinator_flags.end(), {"--journal", flags.journal});
   AddFlag(options.coordinator_flags, "--max-live", flags.max_live);
   std::vector<std::string>& worker = options.worker_flags;
   if (!flags.kv.empty()) worker.insert(worker.end(), {"--kv", flags.kv});
@@ -65,6 +80,38 @@ absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
   return options;
 }
 
+// The clients' token where `rankwise` looks for it, until the end.
+class TokenFiles {
+ public:
+  ~TokenFiles() {
+    std::error_code error;
+    for (const std::string& path : paths_) std::filesystem::remove(path, error);
+  }
+
+  absl::Status Write(const LocalCluster& cluster, const std::string& endpoint_file) {
+    const std::string& token = cluster.credentials().token;
+    if (!endpoint_file.empty()) {
+      RW_RETURN_IF_ERROR(wire::WriteToken(TokenFileOf(endpoint_file), token));
+      paths_.push_back(TokenFileOf(endpoint_file));
+    }
+    const std::filesystem::path in_home = HomeTokenFileOf(cluster.endpoint());
+    std::error_code error;
+    if (in_home.empty()) return absl::OkStatus();
+    std::filesystem::create_directories(in_home.parent_path(), error);
+    std::filesystem::permissions(in_home.parent_path(), std::filesystem::perms::owner_all, error);
+    // A home that cannot be written to is no reason not to serve.
+    if (const absl::Status written = wire::WriteToken(in_home, token); written.ok()) {
+      paths_.push_back(in_home);
+    } else {
+      spdlog::warn("{}", std::string(written.message()));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  std::vector<std::string> paths_;
+};
+
 void PrintReady(LocalCluster& cluster, const ClusterOptions& options) {
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(5)));
@@ -74,17 +121,31 @@ void PrintReady(LocalCluster& cluster, const ClusterOptions& options) {
                status.ok() ? model.model_name() : options.model, cluster.endpoint(), options.tp, options.replicas,
                options.replicas == 1 ? "" : "s", status.ok() ? model.kv_format() : "?",
                status.ok() ? model.backend() : "?");
+  if (options.has_tokens)
+    absl::PrintF("rankwise: other users need its token: %s\n", HomeTokenFileOf(cluster.endpoint()));
   std::fflush(stdout);
+}
+
+// Loopback: nobody outside this host can listen in.
+bool IsLoopback(const std::string& listen) {
+  return absl::StartsWith(listen, "127.") || absl::StartsWith(listen, "localhost:") ||
+         absl::StartsWith(listen, "[::1]");
 }
 
 absl::Status Serve(const ServeFlags& flags) {
   Interrupt interrupt;
   StartLog("rankwise", flags.cluster.log_level == "off" ? "warn" : flags.cluster.log_level);
   RW_ASSIGN_OR_RETURN(const ClusterOptions options, ToOptions(flags));
+  if (!IsLoopback(options.listen) && options.tls.tls_cert.empty())
+    spdlog::warn("{} can be reached from other hosts, and without --tls-cert all travels readable{}", options.listen,
+                 options.has_tokens ? "" : "; without a token anybody may use it");
   RW_ASSIGN_OR_RETURN(const auto cluster, LocalCluster::Start(options));
   const absl::Time start_deadline = absl::Now() + options.start_timeout;
   if (const absl::Status status = cluster->WaitServing(1, start_deadline, interrupt.fd()); !status.ok())
     return absl::IsCancelled(status) ? absl::OkStatus() : status;
+  // The tokens first: whoever finds the endpoint finds them too.
+  TokenFiles token_files;
+  if (options.has_tokens) RW_RETURN_IF_ERROR(token_files.Write(*cluster, flags.endpoint_file));
   // Only now: whoever waits for the file may send its first request.
   if (!flags.endpoint_file.empty())
     RW_RETURN_IF_ERROR(WriteFileAtomically(flags.endpoint_file, absl::StrCat(cluster->endpoint(), "\n")));
@@ -116,6 +177,17 @@ void AddServe(CLI::App& app, Action& action) {
       ->default_str("a workspace's own");
   command->add_option("--listen", flags->listen, "HOST:PORT; port 0 takes a free one")->capture_default_str();
   command->add_option("--endpoint-file", flags->endpoint_file, "Write HOST:PORT there once the first group serves");
+  command
+      ->add_option("--token-file", flags->token_file,
+                   "File with the bearer token that clients must bring, readable by its owner alone")
+      ->default_str("a token made for this run: ENDPOINT_FILE.token");
+  command->add_flag("--no-token", flags->has_no_token, "Anybody who can reach it may use it")->excludes("--token-file");
+  command->add_option("--tls-cert", flags->tls.tls_cert, "PEM certificate, which names the address of --listen");
+  command->add_option("--tls-key", flags->tls.tls_key, "Its PEM key");
+  command->add_option("--tls-ca", flags->tls.tls_ca, "PEM certificate of who has signed it");
+  command->add_flag("--mutual-tls", flags->is_tls_mutual, "Clients must show a certificate of --tls-ca too");
+  command->add_option("--journal", flags->journal,
+                      "Folder that lets requests which linger outlive the coordinator, and a restart of all");
   command->add_option("--drain-timeout", flags->drain_seconds, "Seconds that live requests get to finish at the end")
       ->check(CLI::Range(0.1, 86400.0))
       ->capture_default_str();

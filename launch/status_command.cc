@@ -97,8 +97,7 @@ void PrintCache(const rankwise::v1::GetModelInfoResponse& m, const rankwise::v1:
 }
 
 absl::Status Status(const StatusFlags& flags) {
-  RW_ASSIGN_OR_RETURN(const std::string endpoint, ResolveEndpoint(flags.endpoint));
-  const auto stub = ConnectTo(endpoint);
+  RW_ASSIGN_OR_RETURN(const auto stub, Connect(flags.endpoint));
   const auto deadline = absl::ToChronoTime(absl::Now() + absl::Seconds(10));
   grpc::ClientContext load_context, model_context;
   load_context.set_deadline(deadline);

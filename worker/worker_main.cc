@@ -17,11 +17,14 @@
 #include "base/mapped_file.h"
 #include "base/status_macros.h"
 #include "worker/calibration.h"
+#include "worker/comm/activity.h"
 #include "worker/comm/exchange.h"
 #include "worker/comm/mpi_communicator.h"
+#include "worker/comm/mpi_heartbeat.h"
 #include "worker/device/device.h"
 #include "worker/engine/engine.h"
 #include "worker/engine/rank.h"
+#include "worker/guard.h"
 #include "worker/link/group_session.h"
 
 namespace rankwise {
@@ -30,16 +33,20 @@ namespace {
 constexpr int kExitConfiguration = 2;  // bad flags or a model that cannot be served: starting again will not help
 constexpr int kExitFailure = 3;        // a lost rank or coordinator: starting again may help
 
+constexpr absl::Duration kLinkHeartbeat = absl::Milliseconds(500);
+
 struct Flags {
   engine::RankOptions rank;
   device::DeviceOptions device;
   std::string kv_memory;
   std::string coordinator;
   std::string coordinator_file;
+  wire::CredentialFiles credentials;
   std::string observe_dir;
   SampleInfo samples;
   bool has_no_prefix_cache = false;
   double step_timeout_seconds = 60;
+  double hang_timeout_seconds = 2.5;
   double reconnect_seconds = 300;
   std::string log_level = "info";
 };
@@ -54,6 +61,11 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--coordinator", flags.coordinator, "HOST:PORT to join");
   app.add_option("--coordinator-file", flags.coordinator_file,
                  "File that the coordinator's --endpoint-file writes; waits for it to appear");
+  app.add_option("--token-file", flags.credentials.token, "File with the bearer token to bring to the coordinator");
+  app.add_option("--tls-ca", flags.credentials.tls_ca,
+                 "PEM certificates that the coordinator's must be signed by; TLS from then on");
+  app.add_option("--tls-cert", flags.credentials.tls_cert, "PEM certificate chain to show the coordinator: mutual TLS");
+  app.add_option("--tls-key", flags.credentials.tls_key, "Its PEM key");
   app.add_option("--device", flags.device.device,
                  "cpu, cuda, or auto: cuda where there is a GPU for every rank, else cpu")
       ->capture_default_str();
@@ -90,6 +102,11 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--step-timeout", flags.step_timeout_seconds, "Seconds a rank waits for another one's part of a step")
       ->capture_default_str()
       ->check(CLI::Range(1.0, 86400.0));
+  app.add_option("--hang-timeout", flags.hang_timeout_seconds,
+                 "Seconds without a sign of life until a rank, or a collective that all wait in, is the group's end; "
+                 "0: never, for debuggers")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 86400.0));
   app.add_option("--reconnect", flags.reconnect_seconds, "Seconds to look for a lost coordinator")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1e9));
@@ -168,12 +185,14 @@ worker::v1::Join MakeJoin(const engine::Rank& rank, const Flags& flags, const ke
   return join;
 }
 
-absl::Status Lead(const Flags& flags, const engine::Rank& rank, const kernels::Backend& backend,
-                  comm::Communicator& communicator, const std::string& address,
+absl::Status Lead(const Flags& flags, const wire::Credentials& credentials, const engine::Rank& rank,
+                  const kernels::Backend& backend, comm::Communicator& communicator, const std::string& address,
                   const std::function<std::string()>& report) {
   engine::Engine engine(rank.scheduler_options, *rank.executor, communicator, rank.decoder->config().eos_ids,
                         flags.rank.collective_timeout);
-  link::SessionOptions options{.link = {.address = address}, .join = MakeJoin(rank, flags, backend)};
+  link::SessionOptions options{
+      .link = {.address = address, .credentials = credentials, .heartbeat_interval = kLinkHeartbeat},
+      .join = MakeJoin(rank, flags, backend)};
   options.reconnect_limit = absl::Seconds(flags.reconnect_seconds);
   RW_ASSIGN_OR_RETURN(const std::vector<std::string> reports, engine.CollectReports(report()));
   for (const std::string& bytes : reports) options.join.add_ranks()->ParseFromString(bytes);
@@ -182,30 +201,67 @@ absl::Status Lead(const Flags& flags, const engine::Rank& rank, const kernels::B
 
 // A start that failed on all ranks alike exits with kExitConfiguration, a failure while serving with kExitFailure.
 absl::Status Load(const Flags& flags, comm::Communicator& host, device::Device& device, engine::Rank& rank,
-                  std::string& address) {
+                  std::string& address, wire::Credentials& credentials) {
   RW_ASSIGN_OR_RETURN(device, device::OpenDevice(flags.device, host));
   absl::Status ready;
   if (host.rank() == 0) {
     auto found = CoordinatorAddress(flags);
     ready = found.status();
     if (found.ok()) address = *found;
+    auto read = wire::ReadCredentials(flags.credentials);
+    ready.Update(read.status());
+    if (read.ok()) credentials = *std::move(read);
   }
   RW_RETURN_IF_ERROR(comm::Agree(ready, host, flags.rank.collective_timeout + absl::Seconds(flags.reconnect_seconds)));
   RW_ASSIGN_OR_RETURN(rank, engine::LoadRank(flags.rank, *device.backend, device.communicator(host)));
   return absl::OkStatus();
 }
 
+// Beats until it is destroyed, and ends the job when the group has ceased to act as one.
+absl::StatusOr<std::unique_ptr<comm::MpiHeartbeat>> StartHeartbeat(const comm::MpiSession& mpi,
+                                                                   const comm::Activity& activity, const Guard& guard,
+                                                                   absl::Duration patience) {
+  comm::HeartbeatOptions options{.interval = patience / 10, .patience = patience};
+  options.on_beat = [&guard, rank = mpi.rank()](const comm::Beat& beat) { guard.Take(rank, beat); };
+  options.on_failure = [&mpi](const absl::Status& status) {
+    spdlog::error("rank {}: {}", mpi.rank(), std::string(status.message()));
+    mpi.Abort(kExitFailure);
+  };
+  return comm::MpiHeartbeat::Start(mpi, activity, std::move(options), absl::Minutes(1));
+}
+
 int Run(Flags& flags) {
+  const absl::Duration patience = absl::Seconds(flags.hang_timeout_seconds);
+  std::unique_ptr<Guard> guard;  // before MPI has threads
+  if (patience > absl::ZeroDuration()) {
+    auto started = Guard::Start(patience);
+    if (!started.ok()) {
+      spdlog::error("{}", std::string(started.status().message()));
+      return kExitFailure;
+    }
+    guard = *std::move(started);
+  }
   auto session = comm::MpiSession::Start();
   if (!session.ok()) {
     spdlog::error("{}", std::string(session.status().message()));
     return kExitFailure;
   }
   comm::MpiSession& mpi = **session;
+  comm::Activity activity;
   auto host = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
   if (!host.ok()) {
     spdlog::error("{}", std::string(host.status().message()));
     mpi.Abort(kExitFailure);
+  }
+  *host = std::make_unique<comm::WatchedCommunicator>(*std::move(host), &activity);
+  std::unique_ptr<comm::MpiHeartbeat> heartbeat;
+  if (guard) {
+    auto started = StartHeartbeat(mpi, activity, *guard, patience);
+    if (!started.ok()) {
+      spdlog::error("{}", std::string(started.status().message()));
+      mpi.Abort(kExitFailure);
+    }
+    heartbeat = *std::move(started);
   }
   ShareOutCpus(flags.device.cpu, mpi.host_size());
   flags.device.mpi_host_rank = mpi.host_rank();
@@ -213,9 +269,10 @@ int Run(Flags& flags) {
   device::Device device;
   engine::Rank rank;
   std::string address;
+  wire::Credentials credentials;
   const absl::Time begin = absl::Now();
   const bool is_lead = (*host)->rank() == 0;
-  if (const absl::Status loaded = Load(flags, **host, device, rank, address); !loaded.ok()) {
+  if (const absl::Status loaded = Load(flags, **host, device, rank, address, credentials); !loaded.ok()) {
     if (is_lead) spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
     return kExitConfiguration;
   }
@@ -226,7 +283,7 @@ int Run(Flags& flags) {
                  rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
   }
   const std::function<std::string()> report = [&rank] { return OwnLoad(rank).SerializeAsString(); };
-  absl::Status ended = is_lead ? Lead(flags, rank, *device.backend, communicator, address, report)
+  absl::Status ended = is_lead ? Lead(flags, credentials, rank, *device.backend, communicator, address, report)
                                : engine::Follow(*rank.executor, communicator, flags.rank.collective_timeout, report);
   if (ended.ok() && !flags.observe_dir.empty()) {
     ended = WriteObservations(rank, communicator, flags.observe_dir, flags.samples, flags.rank.collective_timeout);
@@ -234,6 +291,10 @@ int Run(Flags& flags) {
   if (!ended.ok()) {
     spdlog::error("rank {}: {}", communicator.rank(), std::string(ended.message()));
     mpi.Abort(kExitFailure);
+  }
+  if (heartbeat) {
+    spdlog::debug("rank {}: the heartbeat took {:.2f} ms of CPU in {:.1f} s", mpi.rank(),
+                  absl::ToDoubleMilliseconds(heartbeat->cpu_time()), absl::ToDoubleSeconds(absl::Now() - begin));
   }
   return 0;
 }

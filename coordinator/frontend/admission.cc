@@ -16,6 +16,7 @@ using rankwise::v1::GetModelInfoResponse;
 using rankwise::v1::SamplingParams;
 
 constexpr uint32_t kMaxSamples = 64;
+constexpr uint64_t kMaxLingerMs = 3'600'000;
 // Text of longer tokens on average is hardly any; so what cannot fit the context is refused before it is tokenised.
 constexpr size_t kMaxBytesPerToken = 32;
 
@@ -88,6 +89,12 @@ absl::Status CheckRequest(const GenerateRequest& request) {
   RW_RETURN_IF_ERROR(InRange("priority", request.priority(), -100, 100));
   RW_RETURN_IF_ERROR(AtMost("bytes of tenant", request.tenant().size(), 128));
   RW_RETURN_IF_ERROR(AtMost("bytes of request_id", request.request_id().size(), 128));
+  RW_RETURN_IF_ERROR(AtMost("linger_ms", request.linger_ms(), kMaxLingerMs));
+  if ((request.linger_ms() > 0 || request.has_resume()) && request.request_id().empty()) {
+    return absl::InvalidArgumentError("linger_ms and resume need a request_id");
+  }
+  RW_RETURN_IF_ERROR(
+      AtMost("count of resume.token_offsets", request.resume().token_offsets_size(), std::max(request.n(), 1u)));
   if (request.prompt_case() == GenerateRequest::PROMPT_NOT_SET) {
     return absl::InvalidArgumentError("the prompt is missing: set text or token_ids");
   }

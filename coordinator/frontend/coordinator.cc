@@ -13,6 +13,8 @@
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "base/log.h"
+#include "base/status_macros.h"
+#include "coordinator/cluster/retry_delay.h"
 #include "coordinator/frontend/groups_service.h"
 #include "coordinator/frontend/inference_service.h"
 
@@ -30,10 +32,11 @@ struct Listening {
   std::string endpoint;
 };
 
-absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<grpc::Service*>& services) {
+absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<grpc::Service*>& services,
+                                 const wire::Credentials& credentials) {
   grpc::ServerBuilder builder;
   int port = 0;
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
+  builder.AddListeningPort(address, wire::ServerCredentials(credentials), &port);
   // Else a second coordinator at the same address would take half of the connections.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   // Groups ping every 10 s. Our own pings find the process that is stopped and the host that is gone within 10 s, also
@@ -57,19 +60,27 @@ absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<g
 
 class GrpcCoordinator final : public Coordinator {
  public:
-  GrpcCoordinator(const CoordinatorOptions& options, const text::Tokenizer* tokenizer)
-      : cluster_(options.cluster), inference_(&cluster_, tokenizer, options.model_name), groups_(&cluster_) {}
+  GrpcCoordinator(const CoordinatorOptions& options, const text::Tokenizer* tokenizer,
+                  std::unique_ptr<journal::Journal> journal)
+      : cluster_(options.cluster),
+        journal_(std::move(journal)),
+        inference_(&cluster_, {.tokenizer = tokenizer,
+                               .journal = journal_.get(),
+                               .model_name = options.model_name,
+                               .token = options.client_credentials.token,
+                               .max_kept_bytes = options.max_kept_bytes}),
+        groups_(&cluster_, options.worker_credentials.token) {}
 
   absl::Status Start(const CoordinatorOptions& options) {
     const bool is_shared = options.worker_listen.empty();
     std::vector<grpc::Service*> services = {&inference_};
     if (is_shared) services.push_back(&groups_);
-    auto clients = Listen(options.listen, services);
+    auto clients = Listen(options.listen, services, options.client_credentials);
     if (!clients.ok()) return clients.status();
     clients_ = *std::move(clients);
     worker_endpoint_ = clients_.endpoint;
     if (!is_shared) {
-      auto workers = Listen(options.worker_listen, {&groups_});
+      auto workers = Listen(options.worker_listen, {&groups_}, options.worker_credentials);
       if (!workers.ok()) return workers.status();
       workers_ = *std::move(workers);
       worker_endpoint_ = workers_.endpoint;
@@ -82,8 +93,7 @@ class GrpcCoordinator final : public Coordinator {
   ~GrpcCoordinator() override {
     should_end_.Notify();
     if (ticker_.joinable()) ticker_.join();
-    cluster_.StartDrain();
-    cluster_.FailAll(absl::UnavailableError("the coordinator is shutting down"));
+    FailLive();
     Shutdown(absl::Now() + absl::Milliseconds(500));
   }
 
@@ -97,13 +107,20 @@ class GrpcCoordinator final : public Coordinator {
     while (cluster_.live() > 0 && absl::Now() < deadline && !should_hurry()) absl::SleepFor(kTick);
     if (const uint32_t live = cluster_.live(); live > 0) {
       spdlog::warn("{} samples did not finish in time", live);
-      cluster_.FailAll(absl::UnavailableError("the coordinator is shutting down"));
     }
+    FailLive();
     cluster_.StopGroups();
     Shutdown(absl::Now() + kGroupGoodbye);
   }
 
  private:
+  void FailLive() {
+    cluster_.StartDrain();
+    if (journal_) journal_->Close();  // the next coordinator goes on with what is there
+    cluster_.FailAll(
+        cluster::WithRetryDelay(absl::UnavailableError("the coordinator is shutting down"), absl::Seconds(2)));
+  }
+
   void Tick() {
     bool was_serving = false;
     do {
@@ -131,6 +148,7 @@ class GrpcCoordinator final : public Coordinator {
   }
 
   cluster::Cluster cluster_;
+  const std::unique_ptr<journal::Journal> journal_;
   InferenceService inference_;
   GroupsService groups_;
   Listening clients_, workers_;
@@ -144,11 +162,16 @@ class GrpcCoordinator final : public Coordinator {
 absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const CoordinatorOptions& options,
                                                                 const text::Tokenizer* tokenizer) {
   static std::once_flag once;
-  std::call_once(once, [] {
+  std::call_once(once, [&options] {
     grpc::EnableDefaultHealthCheckService(true);
-    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    const bool has_token = !options.client_credentials.token.empty() || !options.worker_credentials.token.empty();
+    if (!has_token) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   });
-  auto coordinator = std::make_unique<GrpcCoordinator>(options, tokenizer);
+  std::unique_ptr<journal::Journal> journal;
+  if (!options.journal.folder.empty()) {
+    RW_ASSIGN_OR_RETURN(journal, journal::Journal::Open(options.journal));
+  }
+  auto coordinator = std::make_unique<GrpcCoordinator>(options, tokenizer, std::move(journal));
   if (const absl::Status started = coordinator->Start(options); !started.ok()) return started;
   return coordinator;
 }

@@ -9,6 +9,7 @@
 #include "coordinator/frontend/coordinator.h"
 #include "coordinator/frontend/test_support.h"
 #include "coordinator/text/test_models.h"
+#include "launch/resuming_stream.h"
 #include "proto/health.grpc.pb.h"
 
 namespace rankwise::frontend {
@@ -212,10 +213,27 @@ TEST_F(FrontendTest, OverloadIsRefusedAtOnce) {
   request.set_n(2);
   Stream held(*stub_, request);
   ASSERT_TRUE(worker->AwaitSubmits(2));
-  EXPECT_EQ(Generate(TextRequest()).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  const grpc::Status refused = Generate(TextRequest());
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_GE(launch::RetryDelayOf(refused), absl::Milliseconds(100));
+  EXPECT_LE(launch::RetryDelayOf(refused), absl::Minutes(1));
   worker->SetLimit(SIZE_MAX);
   EXPECT_TRUE(held.Finish().ok());
   EXPECT_TRUE(Generate(TextRequest()).ok());
+}
+
+TEST_F(FrontendTest, TokensAreALimitToo) {
+  Start({.cluster = {.max_live_tokens = 100}});
+  const auto worker = AddWorker(1);
+  Stream held(*stub_, TextRequest(80));  // 5 of the prompt
+  ASSERT_TRUE(worker->AwaitSubmits(1));
+  const grpc::Status refused = Generate(TextRequest(11));
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(refused.error_message(), HasSubstr("limit of 100"));
+  EXPECT_GT(launch::RetryDelayOf(refused), absl::ZeroDuration());
+  worker->SetLimit(SIZE_MAX);
+  EXPECT_TRUE(Generate(TextRequest(10)).ok());
+  EXPECT_TRUE(held.Finish().ok());
 }
 
 TEST_F(FrontendTest, BadRequestsNameTheValue) {

@@ -3,22 +3,30 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/algorithm/container.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
+#include "coordinator/frontend/admission.h"
 #include "coordinator/frontend/grpc_status.h"
 #include "coordinator/frontend/inference_service.h"
 
 namespace rankwise::frontend {
 
-using cluster::Ending;
 using cluster::RequestKey;
 using rankwise::v1::GenerateRequest;
 using rankwise::v1::GetModelInfoResponse;
-using worker::v1::SequenceOutput;
 
 namespace {
 
 constexpr uint64_t kLongestTimeoutMs = uint64_t{1} << 40;  // 35 years
+
+// Whether the tokens of a request that is begun anew are those of its first run.
+bool CanBeginAnew(const GenerateRequest& request) {
+  const bool has_tokens = absl::c_any_of(request.resume().token_offsets(), [](uint32_t offset) { return offset > 0; });
+  const rankwise::v1::SamplingParams& sampling = request.sampling();
+  return !has_tokens || sampling.has_seed() || (sampling.has_temperature() && sampling.temperature() == 0);
+}
 
 }  // namespace
 
@@ -29,7 +37,7 @@ GenerateCall::GenerateCall(InferenceService* service, const GenerateRequest* req
       arrived_(absl::Now()) {}
 
 void GenerateCall::Begin(const GetModelInfoResponse& model) {
-  if (const absl::Status submitted = Submit(model); !submitted.ok()) Refuse(submitted);
+  if (const absl::Status opened = Open(model); !opened.ok()) Refuse(opened);
 }
 
 void GenerateCall::Refuse(const absl::Status& status) {
@@ -37,123 +45,101 @@ void GenerateCall::Refuse(const absl::Status& status) {
   FinishOnce(status);
 }
 
+absl::Status GenerateCall::Open(const GetModelInfoResponse& model) {
+  if (const auto kept = service_->kept_.Find(request_id_)) return Resume(kept);
+  if (!CanBeginAnew(*request_)) {
+    return absl::NotFoundError(
+        absl::StrCat("request_id \"", request_id_, "\" is not known, and without a seed it cannot be begun anew"));
+  }
+  return Submit(model);
+}
+
+absl::Status GenerateCall::Resume(const std::shared_ptr<RequestStream>& kept) {
+  if (!request_->has_resume()) {
+    return absl::AlreadyExistsError(absl::StrCat("request_id \"", request_id_, "\" is known: set resume to have it"));
+  }
+  if (!kept->IsOf(*request_)) {
+    return absl::InvalidArgumentError(absl::StrCat("request_id \"", request_id_, "\" was another request"));
+  }
+  SetStream(kept);
+  kept->Attach(this, request_->resume());
+  return absl::OkStatus();
+}
+
 absl::Status GenerateCall::Submit(const GetModelInfoResponse& model) {
   RW_RETURN_IF_ERROR(service_->cluster_->CheckRoom(std::max(request_->n(), 1u)));
   RW_ASSIGN_OR_RETURN(Admission admission, Admit(*request_, model, service_->tokenizer_, service_->FreshSeed()));
-  RW_RETURN_IF_ERROR(MakeStreams(admission));
+  RequestStream::Options options{.request = *request_,
+                                 .prompt_tokens = static_cast<uint32_t>(admission.sequence.prompt_size()),
+                                 .tokenizer = service_->tokenizer_,
+                                 .journal = request_->linger_ms() > 0 ? service_->journal_ : nullptr,
+                                 .started = arrived_};
+  options.request.set_request_id(request_id_);
+  options.request.clear_resume();
+  options.request.mutable_sampling()->set_seed(admission.sequence.sampling().seed());
+  RW_ASSIGN_OR_RETURN(const std::shared_ptr<RequestStream> stream, RequestStream::Create(std::move(options)));
   cluster::Request request{.id = request_id_,
                            .tenant = request_->tenant(),
                            .sequence = std::move(admission.sequence),
                            .samples = admission.samples,
-                           .listener = this};
+                           .listener = stream.get()};
   if (request_->timeout_ms() > 0) {
     request.deadline = arrived_ + absl::Milliseconds(std::min(request_->timeout_ms(), kLongestTimeoutMs));
   }
-  RW_ASSIGN_OR_RETURN(const RequestKey key, service_->cluster_->Submit(std::move(request), absl::Now()));
-  absl::MutexLock lock(&mutex_);
-  key_ = key;
-  return absl::OkStatus();
+  SetStream(stream);
+  stream->Attach(this, request_->resume());
+  return service_->SubmitStream(stream, std::move(request), model);
 }
 
-absl::Status GenerateCall::MakeStreams(const Admission& admission) {
+void GenerateCall::StartWriting(rankwise::v1::GenerateResponse piece) {
   absl::MutexLock lock(&mutex_);
-  for (uint32_t index = 0; index < admission.samples; ++index) {
-    RW_ASSIGN_OR_RETURN(
-        SampleStream stream,
-        SampleStream::Create(*request_, {.index = index,
-                                         .request_id = request_id_,
-                                         .prompt_tokens = static_cast<uint32_t>(admission.sequence.prompt_size()),
-                                         .seed = admission.sequence.sampling().seed() + index,
-                                         .tokenizer = service_->tokenizer_,
-                                         .started = arrived_}));
-    samples_.push_back(std::move(stream));
-  }
-  is_ready_.resize(admission.samples);
-  unfinished_ = admission.samples;
-  return absl::OkStatus();
+  if (is_finished_) return;
+  writing_ = std::move(piece);
+  StartWrite(&writing_);
 }
 
-bool GenerateCall::OnOutput(uint32_t sample, const SequenceOutput& output, uint32_t replays) {
+void GenerateCall::EndStream(const absl::Status& status) {
   absl::MutexLock lock(&mutex_);
-  const bool is_last = samples_[sample].Take(output, replays, absl::Now());
-  if (is_last) --unfinished_;
-  Ready(sample);
-  return !is_last;
-}
-
-void GenerateCall::OnEnd(uint32_t sample, Ending ending, uint32_t replays) {
-  absl::MutexLock lock(&mutex_);
-  const auto reason =
-      ending == Ending::kDeadline ? rankwise::v1::FINISH_REASON_DEADLINE : rankwise::v1::FINISH_REASON_CANCELLED;
-  samples_[sample].End(reason, replays, absl::Now());
-  --unfinished_;
-  Ready(sample);
-}
-
-void GenerateCall::OnFailed(const absl::Status& status) {
-  absl::MutexLock lock(&mutex_);
-  unfinished_ = 0;
-  ending_ = status;
-  WriteNext();
+  FinishOnce(status);
 }
 
 void GenerateCall::OnWriteDone(bool ok) {
-  absl::MutexLock lock(&mutex_);
-  is_writing_ = false;
   // Not ok: the client is gone, and OnCancel says so.
-  if (ok) WriteNext();
+  if (const auto of = stream(); ok && of) of->OnWritten(this);
 }
 
 void GenerateCall::OnCancel() {
-  ForgetRequest();
+  Leave();
   absl::MutexLock lock(&mutex_);
   FinishOnce(absl::CancelledError("the client cancelled, or its deadline has passed"));
 }
 
 void GenerateCall::OnDone() {
   service_->StopWaiting(this);
-  ForgetRequest();
+  Leave();
   delete this;
 }
 
-void GenerateCall::Ready(uint32_t sample) {
-  if (samples_[sample].has_piece() && !is_ready_[sample]) {
-    is_ready_[sample] = true;
-    ready_.push_back(sample);
-  }
-  WriteNext();
+void GenerateCall::Leave() {
+  const auto of = stream();
+  if (!of) return;
+  of->Detach(this, absl::Now());
+  if (!of->lingers()) service_->cluster_->Forget(of->key());
 }
 
-void GenerateCall::WriteNext() {
-  if (is_writing_ || is_finished_) return;
-  if (ready_.empty()) {
-    if (unfinished_ == 0) FinishOnce(ending_);
-    return;
-  }
-  const uint32_t sample = ready_.front();
-  ready_.pop_front();
-  writing_ = samples_[sample].TakePiece();
-  if (samples_[sample].has_piece()) {
-    ready_.push_back(sample);
-  } else {
-    is_ready_[sample] = false;
-  }
-  is_writing_ = true;
-  StartWrite(&writing_);
+std::shared_ptr<RequestStream> GenerateCall::stream() {
+  absl::MutexLock lock(&mutex_);
+  return stream_;
+}
+
+void GenerateCall::SetStream(std::shared_ptr<RequestStream> stream) {
+  absl::MutexLock lock(&mutex_);
+  stream_ = std::move(stream);
 }
 
 void GenerateCall::FinishOnce(const absl::Status& status) {
   if (std::exchange(is_finished_, true)) return;
   Finish(ToGrpc(status));
-}
-
-void GenerateCall::ForgetRequest() {
-  RequestKey key;
-  {
-    absl::MutexLock lock(&mutex_);
-    key = key_;
-  }
-  service_->cluster_->Forget(key);
 }
 
 }  // namespace rankwise::frontend

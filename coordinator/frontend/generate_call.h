@@ -1,27 +1,21 @@
 #pragma once
 
-#include <cstdint>
-#include <deque>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "coordinator/cluster/cluster.h"
-#include "coordinator/frontend/admission.h"
-#include "coordinator/frontend/sample_stream.h"
-#include "coordinator/text/tokenizer.h"
+#include "coordinator/frontend/request_stream.h"
 #include "proto/inference.grpc.pb.h"
 
 namespace rankwise::frontend {
 
 class InferenceService;
 
-// One Generate stream, from the call to gRPC's last word; deletes itself then. One write is in flight; what comes
-// meanwhile waits in the samples. Lock order: service, cluster, call: so nothing here calls the others with its own
-// lock held.
-class GenerateCall final : public grpc::ServerWriteReactor<rankwise::v1::GenerateResponse>,
-                           public cluster::SampleListener {
+// One Generate call, from its arrival to gRPC's last word; deletes itself then. It reads a request's stream, a new one
+// or one that it resumes. One write is in flight. Lock order: service, cluster, stream, call: so nothing here calls the
+// others with its own lock held.
+class GenerateCall final : public grpc::ServerWriteReactor<rankwise::v1::GenerateResponse>, public StreamReader {
  public:
   // `request` lives until OnDone.
   GenerateCall(InferenceService* service, const rankwise::v1::GenerateRequest* request);
@@ -33,21 +27,22 @@ class GenerateCall final : public grpc::ServerWriteReactor<rankwise::v1::Generat
   void Begin(const rankwise::v1::GetModelInfoResponse& model);
   void Refuse(const absl::Status& status);
 
-  bool OnOutput(uint32_t sample, const worker::v1::SequenceOutput& output, uint32_t replays) override;
-  void OnEnd(uint32_t sample, cluster::Ending ending, uint32_t replays) override;
-  void OnFailed(const absl::Status& status) override;
+  void StartWriting(rankwise::v1::GenerateResponse piece) override;
+  void EndStream(const absl::Status& status) override;
 
   void OnWriteDone(bool ok) override;
   void OnCancel() override;
   void OnDone() override;
 
  private:
+  absl::Status Open(const rankwise::v1::GetModelInfoResponse& model);
+  absl::Status Resume(const std::shared_ptr<RequestStream>& kept);
   absl::Status Submit(const rankwise::v1::GetModelInfoResponse& model);
-  absl::Status MakeStreams(const Admission& admission);
-  void Ready(uint32_t sample) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FinishOnce(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void ForgetRequest();
+  std::shared_ptr<RequestStream> stream();
+  void SetStream(std::shared_ptr<RequestStream> stream);
+  // The client is gone: so is its request, unless it lingers.
+  void Leave();
 
   InferenceService* const service_;
   const rankwise::v1::GenerateRequest* const request_;
@@ -55,14 +50,8 @@ class GenerateCall final : public grpc::ServerWriteReactor<rankwise::v1::Generat
   const absl::Time arrived_;
 
   absl::Mutex mutex_;
-  cluster::RequestKey key_ ABSL_GUARDED_BY(mutex_){};  // 0 before it is submitted
-  std::vector<SampleStream> samples_ ABSL_GUARDED_BY(mutex_);
-  std::deque<uint32_t> ready_ ABSL_GUARDED_BY(mutex_);  // samples with a piece, each once, in turn
-  std::vector<bool> is_ready_ ABSL_GUARDED_BY(mutex_);
-  size_t unfinished_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::Status ending_ ABSL_GUARDED_BY(mutex_);  // once nothing is unfinished and all is written
+  std::shared_ptr<RequestStream> stream_ ABSL_GUARDED_BY(mutex_);  // shared with those that linger
   rankwise::v1::GenerateResponse writing_ ABSL_GUARDED_BY(mutex_);
-  bool is_writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool is_finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 

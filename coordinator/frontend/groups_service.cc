@@ -9,6 +9,7 @@
 #include "absl/time/clock.h"
 #include "base/log.h"
 #include "coordinator/frontend/grpc_status.h"
+#include "proto/credentials.h"
 
 namespace rankwise::frontend {
 namespace {
@@ -68,8 +69,10 @@ class Attachment final : public grpc::ServerBidiReactor<FromGroup, ToGroup>, pub
       cluster_->TakeOutputs(epoch_, incoming_.outputs(), now);
     } else if (incoming_.has_load()) {
       cluster_->TakeLoad(epoch_, incoming_.load(), now);
+    } else if (incoming_.has_heartbeat()) {
+      cluster_->TakeHeartbeat(epoch_, now);
     } else {
-      return absl::InvalidArgumentError("neither outputs nor load follow a join");
+      return absl::InvalidArgumentError("neither outputs, load nor heartbeat follow a join");
     }
     return absl::OkStatus();
   }
@@ -117,9 +120,20 @@ class Attachment final : public grpc::ServerBidiReactor<FromGroup, ToGroup>, pub
   bool is_finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
+// A call that ends before it has begun.
+class Refusal final : public grpc::ServerBidiReactor<FromGroup, ToGroup> {
+ public:
+  explicit Refusal(const absl::Status& status) { Finish(ToGrpc(status)); }
+  void OnDone() override { delete this; }
+};
+
 }  // namespace
 
 grpc::ServerBidiReactor<FromGroup, ToGroup>* GroupsService::Attach(grpc::CallbackServerContext* context) {
+  if (const absl::Status authorized = wire::CheckToken(context->client_metadata(), token_); !authorized.ok()) {
+    spdlog::warn("refused {}: {}", context->peer(), std::string(authorized.message()));
+    return new Refusal(authorized);
+  }
   return new Attachment(cluster_, context->peer());
 }
 

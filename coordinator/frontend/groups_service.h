@@ -1,5 +1,8 @@
 #pragma once
 
+#include <string>
+#include <utility>
+
 #include "coordinator/cluster/cluster.h"
 #include "proto/worker.grpc.pb.h"
 
@@ -8,13 +11,15 @@ namespace rankwise::frontend {
 // The worker groups' side of the coordinator: each Attach is one epoch of one group.
 class GroupsService final : public worker::v1::Groups::CallbackService {
  public:
-  explicit GroupsService(cluster::Cluster* cluster) : cluster_(cluster) {}
+  // Every call must bring `token`; empty: none.
+  GroupsService(cluster::Cluster* cluster, std::string token) : cluster_(cluster), token_(std::move(token)) {}
 
   grpc::ServerBidiReactor<worker::v1::FromGroup, worker::v1::ToGroup>* Attach(
       grpc::CallbackServerContext* context) override;
 
  private:
   cluster::Cluster* const cluster_;
+  const std::string token_;
 };
 
 }  // namespace rankwise::frontend

@@ -2,15 +2,11 @@
 
 #include <grpcpp/support/status.h>
 
-#include <string>
-
 #include "absl/status/status.h"
 
 namespace rankwise::frontend {
 
-// The codes are the same numbers.
-inline grpc::Status ToGrpc(const absl::Status& status) {
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
-}
+// The codes are the same numbers. A retry delay (cluster::SetRetryDelay) becomes a google.rpc.RetryInfo in the details.
+grpc::Status ToGrpc(const absl::Status& status);
 
 }  // namespace rankwise::frontend

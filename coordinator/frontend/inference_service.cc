@@ -8,9 +8,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "coordinator/cluster/retry_delay.h"
 #include "coordinator/frontend/admission.h"
 #include "coordinator/frontend/generate_call.h"
 #include "coordinator/frontend/grpc_status.h"
+#include "proto/credentials.h"
 
 namespace rankwise::frontend {
 
@@ -28,7 +32,9 @@ grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context, const absl
 }
 
 absl::Status NoTokenizer() { return absl::FailedPreconditionError("this coordinator has no tokenizer"); }
-absl::Status NoGroupYet() { return absl::UnavailableError("no worker group has joined yet"); }
+absl::Status NoGroupYet() {
+  return cluster::WithRetryDelay(absl::UnavailableError("no worker group has joined yet"), absl::Seconds(2));
+}
 
 }  // namespace
 
@@ -62,8 +68,21 @@ class DrainCall final : public grpc::ServerUnaryReactor {
   absl::Time answer_by_;
 };
 
-InferenceService::InferenceService(cluster::Cluster* cluster, const text::Tokenizer* tokenizer, std::string model_name)
-    : cluster_(cluster), tokenizer_(tokenizer), model_name_(std::move(model_name)), id_base_(FreshSeed()) {}
+InferenceService::InferenceService(cluster::Cluster* cluster, Options options)
+    : cluster_(cluster),
+      tokenizer_(options.tokenizer),
+      journal_(options.journal),
+      model_name_(std::move(options.model_name)),
+      token_(std::move(options.token)),
+      id_base_(FreshSeed()),
+      kept_(options.max_kept_bytes) {
+  if (journal_ != nullptr) recovered_ = journal_->TakeRecovered();
+  if (!recovered_.empty()) spdlog::info("the journal has {} requests", recovered_.size());
+}
+
+absl::Status InferenceService::Authorize(const grpc::CallbackServerContext& context) const {
+  return wire::CheckToken(context.client_metadata(), token_);
+}
 
 std::string InferenceService::FreshRequestId() { return absl::StrFormat("%016x-%d", id_base_, next_id_++); }
 
@@ -72,18 +91,94 @@ uint64_t InferenceService::FreshSeed() {
   return uint64_t{device()} << 32 | device();
 }
 
-grpc::ServerWriteReactor<GenerateResponse>* InferenceService::Generate(grpc::CallbackServerContext*,
+grpc::ServerWriteReactor<GenerateResponse>* InferenceService::Generate(grpc::CallbackServerContext* context,
                                                                        const GenerateRequest* request) {
   auto* call = new GenerateCall(this, request);
-  if (const absl::Status checked = CheckRequest(*request); !checked.ok()) {
+  const auto model = cluster_->model();
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) {
+    call->Refuse(authorized);
+  } else if (const absl::Status checked = CheckRequest(*request); !checked.ok()) {
     call->Refuse(checked);
-  } else if (const auto model = cluster_->model()) {
+  } else if (model && HasRestarted()) {
     call->Begin(*model);
   } else if (!Wait(call)) {
-    call->Refuse(absl::ResourceExhaustedError(
-        absl::StrCat(cluster_->options().max_live, " requests wait for the first worker group already")));
+    call->Refuse(
+        cluster::WithRetryDelay(absl::ResourceExhaustedError(absl::StrCat(
+                                    cluster_->options().max_live, " requests wait for the first worker group already")),
+                                absl::Seconds(5)));
   }
   return call;
+}
+
+bool InferenceService::HasRestarted() {
+  absl::MutexLock lock(&mutex_);
+  return recovered_.empty();
+}
+
+absl::Status InferenceService::SubmitStream(const std::shared_ptr<RequestStream>& stream, cluster::Request request,
+                                            const rankwise::v1::GetModelInfoResponse& model) {
+  const std::string id = stream->request_id();
+  if (stream->lingers()) {
+    if (!kept_.Add(stream)) return absl::AlreadyExistsError(absl::StrCat("request_id \"", id, "\" is known"));
+    absl::Status journaled;
+    if (journal_ != nullptr && request.delivered.empty()) {
+      journaled = journal_->Accept({.request = stream->request(),
+                                    .fingerprint = model.fingerprint(),
+                                    .accepted = stream->started(),
+                                    .deadline = request.deadline});
+    }
+    if (!journaled.ok()) {
+      kept_.Remove(id);
+      return absl::UnavailableError(absl::StrCat("the journal: ", journaled.message()));
+    }
+  }
+  const auto key = cluster_->Submit(std::move(request), absl::Now());
+  if (key.ok()) {
+    stream->set_key(*key);
+    return absl::OkStatus();
+  }
+  if (stream->lingers()) {
+    kept_.Remove(id);
+    if (journal_ != nullptr) journal_->Forget(id);
+  }
+  return key.status();
+}
+
+void InferenceService::Restart(journal::JournaledRequest request, const rankwise::v1::GetModelInfoResponse& model,
+                               absl::Time now) {
+  const std::string id = request.request.request_id();
+  const absl::Status restarted = [&]() -> absl::Status {
+    if (request.fingerprint != model.fingerprint()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("it began with model ", request.fingerprint, ", this is ", model.fingerprint()));
+    }
+    RW_ASSIGN_OR_RETURN(Admission admission, Admit(request.request, model, tokenizer_, 0));
+    RW_ASSIGN_OR_RETURN(const std::shared_ptr<RequestStream> stream,
+                        RequestStream::Create({.request = request.request,
+                                               .prompt_tokens = static_cast<uint32_t>(admission.sequence.prompt_size()),
+                                               .tokenizer = tokenizer_,
+                                               .journal = journal_,
+                                               .started = std::min(request.accepted, now)}));
+    return SubmitStream(stream,
+                        {.id = id,
+                         .tenant = request.request.tenant(),
+                         .sequence = std::move(admission.sequence),
+                         .samples = admission.samples,
+                         .deadline = request.deadline,
+                         .delivered = stream->Restore(request.samples),
+                         .listener = stream.get()},
+                        model);
+  }();
+  if (restarted.ok()) return;
+  spdlog::warn("request \"{}\" of the journal is dropped: {}", id, std::string(restarted.message()));
+  journal_->Forget(id);
+}
+
+void InferenceService::DropExpired(absl::Time now) {
+  for (const auto& stream : kept_.TakeExpired(now)) {
+    cluster_->Forget(stream->key());
+    if (journal_ != nullptr) journal_->Forget(stream->request_id());
+  }
 }
 
 bool InferenceService::Wait(GenerateCall* call) {
@@ -104,7 +199,12 @@ absl::Status InferenceService::WaitIsOver(const GenerateCall& call, absl::Time n
 // The lock keeps a call from ending, and so from going, while it is begun.
 void InferenceService::Tick(absl::Time now) {
   const auto model = cluster_->model();
+  DropExpired(now);
   absl::MutexLock lock(&mutex_);
+  if (model) {
+    for (journal::JournaledRequest& request : recovered_) Restart(std::move(request), *model, now);
+    recovered_.clear();
+  }
   std::erase_if(waiting_, [&](GenerateCall* call) {
     if (model) {
       call->Begin(*model);
@@ -122,6 +222,7 @@ void InferenceService::Tick(absl::Time now) {
 grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext* context,
                                                      const rankwise::v1::TokenizeRequest* request,
                                                      rankwise::v1::TokenizeResponse* response) {
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) return Reply(context, authorized);
   if (tokenizer_ == nullptr) return Reply(context, NoTokenizer());
   if (request->text().size() > kMaxPromptBytes) {
     return Reply(context, absl::InvalidArgumentError(absl::StrCat("bytes of text=", request->text().size(),
@@ -138,6 +239,7 @@ grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext
 grpc::ServerUnaryReactor* InferenceService::Detokenize(grpc::CallbackServerContext* context,
                                                        const rankwise::v1::DetokenizeRequest* request,
                                                        rankwise::v1::DetokenizeResponse* response) {
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) return Reply(context, authorized);
   if (tokenizer_ == nullptr) return Reply(context, NoTokenizer());
   if (request->token_ids_size() > kMaxDetokenizeIds) {
     return Reply(context, absl::InvalidArgumentError(absl::StrCat("count of token_ids=", request->token_ids_size(),
@@ -160,6 +262,7 @@ grpc::ServerUnaryReactor* InferenceService::Detokenize(grpc::CallbackServerConte
 grpc::ServerUnaryReactor* InferenceService::GetModelInfo(grpc::CallbackServerContext* context,
                                                          const rankwise::v1::GetModelInfoRequest*,
                                                          rankwise::v1::GetModelInfoResponse* response) {
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) return Reply(context, authorized);
   const auto model = cluster_->model();
   if (!model) return Reply(context, NoGroupYet());
   *response = *model;
@@ -170,13 +273,18 @@ grpc::ServerUnaryReactor* InferenceService::GetModelInfo(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* InferenceService::GetLoad(grpc::CallbackServerContext* context,
                                                     const rankwise::v1::GetLoadRequest*,
                                                     rankwise::v1::GetLoadResponse* response) {
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) return Reply(context, authorized);
   *response = cluster_->Load(absl::Now());
+  const KeptStreams::Size kept = kept_.size();
+  response->set_kept_streams(static_cast<uint32_t>(kept.streams));
+  response->set_kept_bytes(kept.bytes);
   return Reply(context);
 }
 
 grpc::ServerUnaryReactor* InferenceService::Abort(grpc::CallbackServerContext* context,
                                                   const rankwise::v1::AbortRequest* request,
                                                   rankwise::v1::AbortResponse* response) {
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) return Reply(context, authorized);
   bool is_found = cluster_->Abort(request->request_id());
   if (!is_found) {
     absl::MutexLock lock(&mutex_);
@@ -193,6 +301,7 @@ grpc::ServerUnaryReactor* InferenceService::Abort(grpc::CallbackServerContext* c
 grpc::ServerUnaryReactor* InferenceService::Drain(grpc::CallbackServerContext* context,
                                                   const rankwise::v1::DrainRequest*,
                                                   rankwise::v1::DrainResponse* response) {
+  if (const absl::Status authorized = Authorize(*context); !authorized.ok()) return Reply(context, authorized);
   cluster_->StartDrain();
   return new DrainCall(this, response, absl::FromChrono(context->deadline()));
 }

@@ -36,7 +36,9 @@ absl::StatusOr<SampleStream> SampleStream::Create(const GenerateRequest& request
 }
 
 bool SampleStream::Take(const SequenceOutput& output, uint32_t replays, absl::Time now) {
-  for (const Sampled& token : output.prompt_logprobs()) CopyLogprobs(token, *OpenPiece().add_prompt_logprobs());
+  for (const Sampled& token : output.prompt_logprobs()) {
+    if (options_.skipped_tokens == 0) CopyLogprobs(token, *OpenPiece().add_prompt_logprobs());
+  }
   for (const Sampled& token : output.tokens()) {
     TakeToken(token, now);
     if (stops_.matched()) break;
@@ -85,14 +87,17 @@ GenerateResponse& SampleStream::OpenPiece() {
 }
 
 void SampleStream::TakeToken(const Sampled& token, absl::Time now) {
-  GenerateResponse& piece = OpenPiece();
-  piece.add_token_ids(token.id());
-  if (has_logprobs_) CopyLogprobs(token, *piece.add_logprobs());
+  GenerateResponse* piece = generated_ < options_.skipped_tokens ? nullptr : &OpenPiece();
+  if (piece != nullptr) {
+    piece->add_token_ids(token.id());
+    if (has_logprobs_) CopyLogprobs(token, *piece->add_logprobs());
+  }
   if (generated_++ == 0) first_token_ = now;
   if (!detokenizer_) return;
-  const std::string text = detokenizer_->Append(token.id());
+  std::string text = detokenizer_->Append(token.id());
   // A stop string before min_tokens is ordinary text.
-  piece.mutable_text()->append(generated_ < min_tokens_ ? text : stops_.Feed(text));
+  if (generated_ >= min_tokens_) text = stops_.Feed(text);
+  if (piece != nullptr) piece->mutable_text()->append(text);
 }
 
 void SampleStream::FlushText() {

@@ -27,6 +27,7 @@ class SampleStream {
     uint64_t seed = 0;
     const text::Tokenizer* tokenizer = nullptr;  // null: token ids only
     absl::Time started;
+    uint32_t skipped_tokens = 0;  // the first ones, which the client has: they come in and do not go out
   };
   // InvalidArgument for stop strings that cannot be.
   static absl::StatusOr<SampleStream> Create(const rankwise::v1::GenerateRequest& request, Options options);
@@ -38,6 +39,7 @@ class SampleStream {
   void End(rankwise::v1::FinishReason reason, uint32_t replays, absl::Time now);
 
   bool has_piece() const { return !pieces_.empty(); }
+  void DropPieces() { pieces_.clear(); }
   // Requires: has_piece().
   rankwise::v1::GenerateResponse TakePiece();
 

@@ -80,8 +80,8 @@ class FakeWorker {
     absl::MutexLock lock(&mutex_);
     is_hung_ = true;
   }
-  bool AwaitSubmits(size_t count) {
-    return Await([this, count]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return submits_ >= count; });
+  bool AwaitSubmits(size_t count, absl::Duration patience = kPatience) {
+    return Await([this, count]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return submits_ >= count; }, patience);
   }
   bool AwaitCancels(size_t count) {
     return Await([this, count]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return cancels_ >= count; });
@@ -102,9 +102,9 @@ class FakeWorker {
     size_t generated = 0;
   };
 
-  bool Await(std::function<bool()> condition) {
+  bool Await(std::function<bool()> condition, absl::Duration patience = kPatience) {
     absl::MutexLock lock(&mutex_);
-    return mutex_.AwaitWithTimeout(absl::Condition(&condition), kPatience);
+    return mutex_.AwaitWithTimeout(absl::Condition(&condition), patience);
   }
 
   void Run() {

@@ -6,13 +6,16 @@
 
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
+#include <tuple>
 
 #include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "base/log.h"
 #include "base/mapped_file.h"
 #include "launch/client.h"
 #include "proto/health.grpc.pb.h"
@@ -130,29 +133,53 @@ bool IsHealthy(const std::string& endpoint) {
   return response.status() == grpc::health::v1::HealthCheckResponse::SERVING;
 }
 
-// Neither mpirun nor TCP notices a process that only stands still.
-TEST(StoppedRank, IsNoticedReportedAndReplaced) {
+std::string LogOf(const launch::LocalCluster& cluster, const std::string& program) {
+  return ReadTextFile(absl::StrCat(cluster.log_folder(), "/", program, ".log")).value_or("");
+}
+
+// Neither mpirun nor TCP notices a process that only stands still: a rank that answers to rank 0, rank 0 itself, and a
+// group of one, each with work and without.
+class StoppedRank : public ::testing::TestWithParam<std::tuple<int, size_t, bool>> {};
+INSTANTIATE_TEST_SUITE_P(Ranks, StoppedRank,
+                         ::testing::Combine(::testing::Values(2), ::testing::Values(0, 1), ::testing::Bool()));
+INSTANTIATE_TEST_SUITE_P(Alone, StoppedRank,
+                         ::testing::Combine(::testing::Values(1), ::testing::Values(0), ::testing::Bool()));
+
+TEST_P(StoppedRank, IsNoticedWithinThreeSecondsReportedAndReplaced) {
+  const auto [tp, rank, has_work] = GetParam();
   GenerateRequest request = Sampled(kPrompt, 900, 11);
   request.mutable_sampling()->set_ignore_eos(true);
-  const auto cluster =
-      Serve({.tp = 2, .worker_flags = {"--step-timeout", "2"}, .coordinator_flags = {"--group-timeout", "1"}});
+  const auto cluster = Serve({.tp = tp});
   ASSERT_TRUE(cluster.ok()) << cluster.status();
   auto& stub = (*cluster)->stub();
   const Reply undisturbed = Generate(stub, request);
   ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
   EXPECT_TRUE(IsHealthy((*cluster)->endpoint()));
-  Stream stream(stub, request);
-  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return stream.received() >= 20; }));
   const std::vector<int64_t> pids = RankPids(stub);
-  ASSERT_EQ(pids.size(), 2u);
-  ASSERT_EQ(kill(static_cast<pid_t>(pids[1]), SIGSTOP), 0);
-  EXPECT_TRUE(SuperviseUntil(**cluster, [&] { return !IsHealthy((*cluster)->endpoint()); }));
-  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return stream.is_finished(); }));
-  const Reply reply = stream.Join();
+  ASSERT_EQ(pids.size(), static_cast<size_t>(tp));
+  std::optional<Stream> stream;
+  if (has_work) {
+    stream.emplace(stub, request);
+    ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return stream->received() >= 20; }));
+  }
+  const absl::Time stopped = absl::Now();
+  ASSERT_EQ(kill(static_cast<pid_t>(pids[rank]), SIGSTOP), 0);
+  const auto log = [&cluster] { return LogOf(**cluster, "group-0"); };
+  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return absl::StrContains(log(), absl::StrCat("rank ", rank, " on ")); }));
+  const absl::Duration noticed = absl::Now() - stopped;
+  EXPECT_LE(noticed, absl::Seconds(3)) << log();
+  EXPECT_THAT(log(), ::testing::ContainsRegex("rank [01] on [^ ]+ .*\\(step [0-9]+, [A-Za-z ]+, call [0-9]+\\)"));
+  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return !IsHealthy((*cluster)->endpoint()); }));
+  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return IsHealthy((*cluster)->endpoint()); }));
+  spdlog::info("tp {}, rank {}, {}: noticed after {:.2f} s, served again after {:.2f} s", tp, rank,
+               has_work ? "decoding" : "idle", absl::ToDoubleSeconds(noticed),
+               absl::ToDoubleSeconds(absl::Now() - stopped));
+  if (!has_work) stream.emplace(stub, request);
+  ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return stream->is_finished(); }));
+  const Reply reply = stream->Join();
   EXPECT_TRUE(reply.status.ok()) << reply.status;
   EXPECT_EQ(reply.ids, undisturbed.ids);
-  EXPECT_FALSE(IsRunning(pids[1]));
-  EXPECT_TRUE(IsHealthy((*cluster)->endpoint()));
+  for (const int64_t pid : pids) EXPECT_FALSE(IsRunning(pid));
   EXPECT_TRUE((*cluster)->Drain().ok());
 }
 
@@ -269,7 +296,7 @@ class ServeCommand : public ::testing::Test {
     auto child = launch::ChildProcess::Start(
         {.command = {launch::ProgramFolder() + "/rankwise", "serve", DemoModel(), "--tp", "2", "--kv", "f16",
                      "--threads", "1", "--endpoint-file", endpoint_file, "--drain-timeout", "60"},
-         .environment = {absl::StrCat("XDG_RUNTIME_DIR=", folder)},
+         .environment = {absl::StrCat("XDG_RUNTIME_DIR=", folder), absl::StrCat("HOME=", ScratchFolder())},
          .log_path = folder + "/log"});
     ASSERT_TRUE(child.ok()) << child.status();
     serve_ = *std::move(child);
@@ -278,7 +305,9 @@ class ServeCommand : public ::testing::Test {
       ASSERT_LT(absl::Now(), deadline) << serve_->LogTail();
       ASSERT_FALSE(serve_->Wait(absl::Now() + absl::Milliseconds(10))) << serve_->LogTail();
     }
-    stub_ = launch::ConnectTo(std::string(absl::StripAsciiWhitespace(ReadTextFile(endpoint_file).value())));
+    auto stub = launch::Connect({.endpoint_file = endpoint_file});
+    ASSERT_TRUE(stub.ok()) << stub.status();
+    stub_ = *std::move(stub);
     family_ = RankPids(*stub_);
     ASSERT_EQ(family_.size(), 2u);
     for (const auto& entry : std::filesystem::directory_iterator("/proc"))  // coordinator and mpirun

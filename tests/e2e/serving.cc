@@ -63,6 +63,7 @@ absl::StatusOr<std::unique_ptr<launch::LocalCluster>> Serve(const ServingOptions
   cluster.log_folder = absl::StrCat(ScratchFolder(), "/logs-", count++);
   std::filesystem::create_directories(cluster.log_folder);
   cluster.start_timeout = kPatience;
+  cluster.has_tokens = options.has_tokens;
   cluster.coordinator_flags = options.coordinator_flags;
   cluster.worker_flags = {"--device", "cpu", "--threads", "1", "--kv", options.kv};
   if (absl::StartsWith(options.kv, "int8")) {

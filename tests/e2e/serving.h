@@ -33,6 +33,7 @@ struct ServingOptions {
   std::string kv_scales;  // of an int8 format; empty: DemoScales
   std::vector<std::string> worker_flags;
   std::vector<std::string> coordinator_flags;
+  bool has_tokens = false;  // the programs that a test starts find the endpoint alone
 };
 // All groups serve when it returns.
 absl::StatusOr<std::unique_ptr<launch::LocalCluster>> Serve(const ServingOptions& options);

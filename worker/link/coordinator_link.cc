@@ -4,10 +4,12 @@
 
 #include <deque>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "proto/worker.grpc.pb.h"
 
@@ -48,6 +50,14 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup> {
     absl::MutexLock lock(&mutex_);
     if (is_over_) return;
     outgoing_.push_back(std::move(message));
+    WriteNext();
+  }
+
+  // Unless something else is on its way, which says as much.
+  void PushHeartbeat() {
+    absl::MutexLock lock(&mutex_);
+    if (is_over_ || is_writing_ || should_half_close_) return;
+    outgoing_.emplace_back().mutable_heartbeat();
     WriteNext();
   }
 
@@ -128,8 +138,17 @@ class Stream : public grpc::ClientBidiReactor<FromGroup, ToGroup> {
 
 class GrpcLink : public CoordinatorLink {
  public:
-  GrpcLink(std::unique_ptr<Stream> stream, const worker::v1::Welcome& welcome)
-      : stream_(std::move(stream)), welcome_(welcome) {}
+  GrpcLink(std::unique_ptr<Stream> stream, const worker::v1::Welcome& welcome, absl::Duration heartbeat_interval)
+      : stream_(std::move(stream)), welcome_(welcome) {
+    if (heartbeat_interval == absl::InfiniteDuration()) return;
+    beating_ = std::thread([this, heartbeat_interval] {
+      while (!should_end_.WaitForNotificationWithTimeout(heartbeat_interval)) stream_->PushHeartbeat();
+    });
+  }
+  ~GrpcLink() override {
+    should_end_.Notify();
+    if (beating_.joinable()) beating_.join();
+  }
 
   uint64_t group() const override { return welcome_.group(); }
   uint64_t epoch() const override { return welcome_.epoch(); }
@@ -189,6 +208,8 @@ class GrpcLink : public CoordinatorLink {
 
   const std::unique_ptr<Stream> stream_;
   const worker::v1::Welcome welcome_;
+  absl::Notification should_end_;
+  std::thread beating_;
 };
 
 }  // namespace
@@ -205,7 +226,7 @@ absl::StatusOr<std::unique_ptr<CoordinatorLink>> CoordinatorLink::Connect(const 
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   arguments.SetMaxSendMessageSize(kMaxMessageBytes);
-  const auto channel = grpc::CreateCustomChannel(options.address, grpc::InsecureChannelCredentials(), arguments);
+  const auto channel = wire::MakeChannel(options.address, options.credentials, arguments);
   const auto deadline = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(options.connect_timeout);
   if (!channel->WaitForConnected(deadline)) {
     return absl::UnavailableError(absl::StrCat("nothing answers at ", options.address));
@@ -213,7 +234,7 @@ absl::StatusOr<std::unique_ptr<CoordinatorLink>> CoordinatorLink::Connect(const 
   auto stream = std::make_unique<Stream>(channel, join);
   absl::StatusOr<std::optional<ToGroup>> first = stream->Pop(options.connect_timeout);
   if (first.ok() && first->has_value() && (*first)->has_welcome()) {
-    return std::make_unique<GrpcLink>(std::move(stream), (*first)->welcome());
+    return std::make_unique<GrpcLink>(std::move(stream), (*first)->welcome(), options.heartbeat_interval);
   }
   if (!first.ok()) return first.status();
   if (!first->has_value()) return absl::UnavailableError(absl::StrCat("no welcome from ", options.address, " in time"));

@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "proto/credentials.h"
 #include "proto/worker.pb.h"
 
 // Rank 0's stream to the coordinator: joins, takes work in, sends tokens out.
@@ -15,6 +16,9 @@ namespace rankwise::link {
 struct LinkOptions {
   std::string address;  // "host:port"
   absl::Duration connect_timeout = absl::Seconds(30);
+  wire::Credentials credentials;
+  // Between heartbeats, which a thread of the link sends whatever the engine does. Infinite: none.
+  absl::Duration heartbeat_interval = absl::InfiniteDuration();
 };
 
 // What came in since the last Poll, in order of arrival. No sequence is in both lists: cancel first, so that what is
