@@ -29,7 +29,7 @@ void ProgressBar::Update(int64_t done) {
     has_drawn_ = true;
   } else if (const int64_t tenth = static_cast<int64_t>(fraction * 10); tenth > last_tenth_) {
     last_tenth_ = tenth;
-    absl::FPrintF(stderr, "%s %d/%d (%d %%, %.0f s)\n", label_, done, total_, tenth * 10, seconds);
+    absl::FPrintF(stderr, "%s %d/%d (%d %%, %.0f s, %.0f s left)\n", label_, done, total_, tenth * 10, seconds, left);
   }
 }
 

@@ -3,6 +3,8 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "launch/cluster_commands.h"
 #include "launch/commands.h"
 
 namespace rankwise::launch {
@@ -24,6 +26,9 @@ With an int8 KV cache:
 `rankwise COMMAND --help` explains each.)";
 
 int ExitCode(const absl::Status& status) {
+  int code = 0;
+  if (const auto payload = status.GetPayload(kExitCode); payload && absl::SimpleAtoi(std::string(*payload), &code))
+    return code;
   switch (status.code()) {
     case absl::StatusCode::kOk:
       return 0;
@@ -45,7 +50,7 @@ int Main(int argc, char** argv) {
   app.require_subcommand(1);
   Action action;
   for (const auto add : {AddServe, AddGenerate, AddStatus, AddConvert, AddQuantize, AddCalibrate, AddKvQparams, AddPlan,
-                         AddBench, AddEval})
+                         AddBench, AddBatch, AddEval})
     add(app, action);
   try {
     app.parse(argc, argv);
