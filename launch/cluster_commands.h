@@ -9,5 +9,6 @@ namespace rankwise::launch {
 inline constexpr char kExitCode[] = "rankwise/exit_code";
 
 void AddBatch(CLI::App& app, Action& action);
+void AddTop(CLI::App& app, Action& action);
 
 }  // namespace rankwise::launch
