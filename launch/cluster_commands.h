@@ -9,6 +9,7 @@ namespace rankwise::launch {
 inline constexpr char kExitCode[] = "rankwise/exit_code";
 
 void AddBatch(CLI::App& app, Action& action);
+void AddPreflight(CLI::App& app, Action& action);
 void AddTop(CLI::App& app, Action& action);
 
 }  // namespace rankwise::launch

@@ -50,7 +50,7 @@ int Main(int argc, char** argv) {
   app.require_subcommand(1);
   Action action;
   for (const auto add : {AddServe, AddGenerate, AddStatus, AddConvert, AddQuantize, AddCalibrate, AddKvQparams, AddPlan,
-                         AddBench, AddBatch, AddEval, AddTop})
+                         AddBench, AddBatch, AddEval, AddTop, AddPreflight})
     add(app, action);
   try {
     app.parse(argc, argv);
