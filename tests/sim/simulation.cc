@@ -510,7 +510,9 @@ Outcome World::Run() {
 
 }  // namespace
 
-Outcome Simulate(const Options& options, const std::vector<Arrival>& arrivals) { return World(options, arrivals).Run(); }
+Outcome Simulate(const Options& options, const std::vector<Arrival>& arrivals) {
+  return World(options, arrivals).Run();
+}
 
 Scenario DrawScenario(uint64_t seed) {
   std::mt19937_64 random(seed);
