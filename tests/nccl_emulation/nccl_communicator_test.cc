@@ -83,7 +83,8 @@ TEST_F(NcclCommunicatorTest, AnErrorOfNcclIsNamedAndIsEveryLaterCalls) {
   });
 }
 
-// Calls of the start: two to join, two to register, then the sums of the warm-up.
+// Calls of the start: two to join, two to register, then the sums of the warm-up. (On a busy machine a rank may come
+// too late for its peer to hear of it.)
 TEST_F(NcclCommunicatorTest, AnErrorAtTheStartIsEveryRanks) {
   for (int call = 1; call <= 10; ++call) {
     SCOPED_TRACE(call);
@@ -91,7 +92,8 @@ TEST_F(NcclCommunicatorTest, AnErrorAtTheStartIsEveryRanks) {
     for (const absl::Status& status : RunTwo([](Communicator&) { FAIL() << "started"; }, kShort)) {
       EXPECT_FALSE(status.ok());
       EXPECT_THAT(std::string(status.message()),
-                  testing::AnyOf(HasSubstr("remote process exited"), HasSubstr("not done within 200ms")));
+                  testing::AnyOf(HasSubstr("remote process exited"), HasSubstr("not done within 200ms"),
+                                 HasSubstr("did not come within")));
     }
   }
 }
