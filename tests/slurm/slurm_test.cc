@@ -185,7 +185,7 @@ class Slurm : public ::testing::Test {
     return is_there;
   }
   const std::string kBatch =
-      absl::StrCat("questions.jsonl --output out.jsonl --model ", DemoModel(), " --window 2 --grace 5 --tp ");
+      absl::StrCat("questions.jsonl --output out.jsonl --model ", DemoModel(), " --grace 5 --tp ");
 
   std::string folder_;
   std::vector<std::string> jobs_;
@@ -193,7 +193,7 @@ class Slurm : public ::testing::Test {
 
 TEST_F(Slurm, BatchCompletesWithAGroupOverTwoNodes) {
   WriteQuestions(40, 48);
-  const std::string job = Submit("-N 2 --ntasks-per-node=1 -t 10", "batch.sbatch", kBatch + "2");
+  const std::string job = Submit("-N 2 --ntasks-per-node=1 -t 10", "batch.sbatch", kBatch + "2 --window 8");
   ASSERT_TRUE(WaitUntil([&] { return Processes("rankwise-worker", job).size() == 2; })) << JobLog(job);
   std::vector<std::string> nodes;
   for (const int64_t pid : Processes("rankwise-worker", job)) nodes.push_back(Variable(pid, "SLURMD_NODENAME"));
@@ -205,7 +205,7 @@ TEST_F(Slurm, BatchCompletesWithAGroupOverTwoNodes) {
 TEST_F(Slurm, BatchSurvivesRequeueKilledStepAndCancel) {
   WriteQuestions(200, 100);
   const std::vector<std::string> expected = Undisturbed();
-  const std::string job = Submit("-N 1 --ntasks=2 -t 10", "batch.sbatch", kBatch + "2");
+  const std::string job = Submit("-N 1 --ntasks=2 -t 10", "batch.sbatch", kBatch + "2 --window 8");
   ASSERT_TRUE(WaitLines(20, job));
   ASSERT_EQ(Shell("scontrol requeue " + job).code, 0);
   ASSERT_TRUE(WaitUntil([&] { return Field(job, "Restarts") == "1" && Field(job, "JobState") == "RUNNING"; }));
@@ -224,17 +224,17 @@ TEST_F(Slurm, BatchSurvivesRequeueKilledStepAndCancel) {
   ASSERT_TRUE(WaitUntil([&] { return Processes().empty(); }, absl::Minutes(1)));
   ASSERT_LT(CountLines("out.jsonl"), expected.size()) << "it had finished before it was cancelled";
 
-  const std::string again = Submit("-N 1 --ntasks=2 -t 10", "batch.sbatch", kBatch + "2");
+  const std::string again = Submit("-N 1 --ntasks=2 -t 10", "batch.sbatch", kBatch + "2 --window 8");
   ASSERT_TRUE(WaitState(again, "COMPLETED"));
   EXPECT_EQ(Lines("out.jsonl"), expected);
 }
 
 TEST_F(Slurm, BatchQueuesItselfAgainBeforeItsTimeLimit) {
-  WriteQuestions(150, 400);
+  WriteQuestions(100, 300);
   const std::vector<std::string> expected = Undisturbed();
   // Slurm's shortest limit is a minute, and its word comes 45 s before.
-  const std::string job =
-      Submit("-N 1 --ntasks=2 -t 1 --signal=B:USR1@45", "batch.sbatch", absl::StrCat(kBatch, "2 --end-margin 30"));
+  const std::string job = Submit("-N 1 --ntasks=2 -t 1 --signal=B:USR1@45", "batch.sbatch",
+                                 absl::StrCat(kBatch, "2 --window 1 --end-margin 30"));
   ASSERT_TRUE(WaitUntil([&] { return absl::StrContains(JobLog(job), "queueing job"); })) << JobLog(job);
   const size_t first_run = CountLines("out.jsonl");
   EXPECT_GT(first_run, 0u);
