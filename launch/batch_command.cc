@@ -202,15 +202,18 @@ absl::Status Server::Wait(absl::Time deadline, int wake_fd) {
 absl::StatusOr<std::shared_ptr<Inference::Stub>> Server::Find() {
   absl::MutexLock lock(&mutex_);
   std::string endpoint;
+  wire::Credentials credentials;
   if (cluster_ != nullptr) {
     endpoint = cluster_->endpoint();
+    credentials = cluster_->credentials();
   } else if (auto found = ResolveEndpoint(endpoint_flags_); found.ok()) {
     endpoint = *std::move(found);
+    RW_ASSIGN_OR_RETURN(credentials, ResolveCredentials(endpoint_flags_));
   } else {
     return absl::UnavailableError(found.status().message());
   }
   if (endpoint != endpoint_) {
-    stub_ = ConnectTo(endpoint);
+    stub_ = ConnectTo(endpoint, credentials);
     endpoint_ = endpoint;
   }
   return stub_;

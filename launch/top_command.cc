@@ -86,7 +86,7 @@ bool Sleep(absl::Duration duration, const Interrupt& interrupt) {
 absl::Status Top(const TopFlags& flags) {
   const Interrupt interrupt;
   RW_ASSIGN_OR_RETURN(const std::string endpoint, ResolveEndpoint(flags.endpoint));
-  const auto stub = ConnectTo(endpoint);
+  RW_ASSIGN_OR_RETURN(const auto stub, Connect(flags.endpoint));
   const absl::Duration interval = absl::Seconds(flags.interval_seconds);
   RW_ASSIGN_OR_RETURN(Look before, TakeLook(*stub));  // a wrong endpoint is told at once
   if (flags.is_once) {

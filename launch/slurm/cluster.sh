@@ -12,7 +12,7 @@
 
 model='' tp=1 replicas=1 nodes_per_group='' threads='' drain_seconds=60
 worker_flags=() coordinator_flags=()
-coordinator_loop='' group_loops=() endpoint='' run_folder=''
+coordinator_loop='' group_loops=() endpoint='' run_folder='' token_file=''
 
 # shellcheck disable=SC2034  # of those who source this
 readonly cluster_options="  --model DIR           model folder or workspace, readable on every node
@@ -84,7 +84,7 @@ run_coordinator() {
   local listen=$1
   if [[ -s $run_folder/endpoint ]]; then listen=$(<"$run_folder/endpoint"); fi
   "$rankwise_bin/rankwise-coordinator" --model "$model" --listen "$listen" --endpoint-file "$run_folder/endpoint" \
-    --drain-timeout "$drain_seconds" --log-level "${RANKWISE_LOG_LEVEL:-warn}" "${coordinator_flags[@]}" &
+    --token-file "$token_file" --drain-timeout "$drain_seconds" --log-level "${RANKWISE_LOG_LEVEL:-warn}" "${coordinator_flags[@]}" &
   local child=$!
   trap 'kill -TERM $child 2>/dev/null' TERM
   wait $child
@@ -125,6 +125,10 @@ start_cluster() {
   fi
   nodes_per_group=${nodes_per_group:-$(((tp + per_node - 1) / per_node))}
   run_folder=$(mktemp -d "${TMPDIR:-/tmp}/rankwise-$SLURM_JOB_ID-XXXXXX")
+  # This job's own, for clients and groups, in a folder that the nodes share; only its owner may read it.
+  token_file=${token_file:-${SLURM_SUBMIT_DIR:-.}/.rankwise-$SLURM_JOB_ID.token}
+  (umask 077 && rm -f "$token_file" && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token_file") || return 2
+  export RANKWISE_TOKEN_FILE=$token_file
 
   keep_running coordinator run_coordinator "$host:0" &
   coordinator_loop=$!
@@ -142,7 +146,8 @@ start_cluster() {
     # --exact: steps of one job side by side. --wait: ranks that outlive the first one's end by more are ended.
     keep_running "group $i" srun --mpi=pmix --exact --nodes="$nodes_per_group" --ntasks="$tp" --cpus-per-task="$cpus" \
       --wait=10 --kill-on-bad-exit=1 --job-name="rankwise-group-$i" "${gpu_flags[@]}" \
-      "$rankwise_bin/rankwise-worker" --model "$model" --coordinator "$endpoint" --threads "${threads:-$cpus}" \
+      "$rankwise_bin/rankwise-worker" --model "$model" --coordinator "$endpoint" --token-file "$token_file" \
+      --threads "${threads:-$cpus}" \
       --log-level "${RANKWISE_LOG_LEVEL:-warn}" "${worker_flags[@]}" &
     group_loops+=($!)
   done
@@ -199,6 +204,6 @@ stop_cluster() {
       status=1
     }
   done
-  rm -rf "$run_folder"
+  rm -rf "$run_folder" "$token_file"
   return $status
 }
