@@ -87,7 +87,7 @@ void ThreadMain(void* argument) {
     thread->fault = error.what();
   }
   thread->state = ThreadState::kGone;
-  thread->fiber.Leave();
+  thread->fiber.Finish();
 }
 
 std::string Where(const Block& block, int thread) {

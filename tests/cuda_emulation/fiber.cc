@@ -99,4 +99,11 @@ void Fiber::Leave() {
   __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 }
 
+void Fiber::Finish() {
+  // Without a place to save it AddressSanitizer gives the fiber's fake stack back.
+  __sanitizer_start_switch_fiber(nullptr, caller_stack_, caller_stack_bytes_);
+  rankwise_switch_stack(&stack_pointer_, caller_stack_pointer_);
+  std::abort();
+}
+
 }  // namespace rankwise::cuda_emulation

@@ -20,6 +20,8 @@ class Fiber {
   void Resume();
   // Called in the fiber: back to Resume.
   void Leave();
+  // The same for the last time, until Start.
+  [[noreturn]] void Finish();
 
  private:
   static void Enter();
