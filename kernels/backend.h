@@ -61,7 +61,9 @@ MatrixView ColumnsOf(const MatrixView& view, int64_t begin, int64_t end);
 // chunk c being [boundaries[c], boundaries[c + 1]); each output is one sequential fma chain per chunk, in f32 from 0,
 // and the chunk sums are added pairwise in a balanced binary tree: ((c0 + c1) + (c2 + c3)) + ... The count is a power
 // of two. Column-parallel products use one chunk. Row-parallel ones (wo, w2) use the same chunks whatever the TP
-// degree, so that a rank sums whole subtrees and the all-reduce finishes the tree with the same bits.
+// degree, so that a rank sums whole subtrees and the all-reduce finishes the tree with the same bits. The CUDA backend
+// adds in an order of its own (kernels/cuda/matmul.cu), within the same bound: on it TP degrees differ in their last
+// bits.
 struct SumTree {
   std::vector<int64_t> boundaries;
 };
