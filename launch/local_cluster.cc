@@ -24,6 +24,7 @@ constexpr int kRefusedConfiguration = 2;  // exit code of our programs
 constexpr absl::Duration kPollEndpoint = absl::Milliseconds(10);
 constexpr absl::Duration kPollServing = absl::Milliseconds(50);
 constexpr absl::Duration kKillGrace = absl::Seconds(5);    // mpirun takes one second to end its ranks
+constexpr absl::Duration kGoodbye = absl::Seconds(5);      // from the last request's time to the end of a drain
 constexpr absl::Duration kGroupGrace = absl::Seconds(15);  // from the coordinator's last word to a group's end
 
 bool IsReadable(int fd) {
@@ -95,7 +96,7 @@ ChildOptions LocalCluster::CoordinatorOptions() const {
                    "--endpoint-file",
                    absl::StrCat(folder_.path(), "/endpoint"),
                    "--drain-timeout",
-                   absl::StrCat(absl::ToDoubleSeconds(options_.drain_timeout) * 0.9)};
+                   absl::StrCat(absl::ToDoubleSeconds(options_.drain_timeout))};
   if (options_.has_tokens) {
     child.command.insert(child.command.end(),
                          {"--token-file", TokenFile("client"), "--worker-token-file", TokenFile("worker")});
@@ -249,7 +250,7 @@ absl::Status LocalCluster::WaitServing(int groups, absl::Time deadline, int wake
 
 absl::Status LocalCluster::Drain(int wake_fd) {
   absl::Status result;
-  absl::Time deadline = absl::Now() + options_.drain_timeout;
+  absl::Time deadline = absl::Now() + options_.drain_timeout + kGoodbye;
   stub_.reset();  // an idle connection would keep the coordinator waiting
   bool has_coordinator = programs_[0].child != nullptr;
   if (has_coordinator) programs_[0].child->Signal(SIGTERM);

@@ -34,7 +34,7 @@ struct ClusterOptions {
   std::string mpirun = "mpirun";
   std::string log_folder;  // must exist; empty: everybody logs to our stderr
   absl::Duration start_timeout = absl::Seconds(30);
-  // How long a drain may take before what is left is killed; the coordinator gives up on its requests a little earlier.
+  // How long live requests may take to finish in a drain. What has not ended some seconds later is killed.
   absl::Duration drain_timeout = absl::Seconds(30);
 };
 

@@ -74,8 +74,12 @@ CommReport ParseCommReport(const std::string& text) {
     int size = 0;
     int64_t bytes = 0;
     double microseconds = 0;
-    if (words.size() == 3 && words[0] == "mpi," && absl::SimpleAtoi(words[1], &size))
+    // "shared memory, 2 ranks"
+    const size_t count = words.size();
+    if (count >= 3 && (words[count - 1] == "ranks" || words[count - 1] == "rank") &&
+        absl::EndsWith(words[count - 3], ",") && absl::SimpleAtoi(words[count - 2], &size)) {
       report.group_sizes.push_back(size);
+    }
     if (words.size() >= 6 && words[1] == "B" && absl::SimpleAtoi(words[0], &bytes) &&
         absl::SimpleAtod(words[2], &microseconds))
       report.p50_us[bytes] = microseconds;

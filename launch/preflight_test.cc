@@ -17,11 +17,12 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-constexpr char kReport[] = R"(mpi, 2 ranks
-all-reduce sum                p50        p99      MPI p50    MPI p99  [us]
-                  8 B         0.9        1.1          1.0        1.2
-               4096 B         5.0        9.0          6.0        9.0
-            1048576 B       500.0      600.0        700.0      800.0
+constexpr char kReport[] = R"(shared memory, 2 ranks
+all-reduce sum [us]    shared memory, 2 ranks p99           mpi, 2 ranks p99          MPI_Allreduce p99
+                  8 B         0.9        1.1          1.0        1.2          1.0        1.2
+               4096 B         5.0        9.0          6.0        9.0          6.0        9.0
+            1048576 B       500.0      600.0        700.0      800.0        700.0      800.0
+shared memory, 2 ranks, waiting:
 )";
 
 TEST(CommReport, IsReadAlsoInPieces) {

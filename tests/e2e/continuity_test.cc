@@ -69,6 +69,33 @@ bool SuperviseUntil(launch::LocalCluster& cluster, const std::function<bool()>& 
   return true;
 }
 
+// Other streams, so many that one alone does not end within milliseconds, from its creation to its end.
+class Company {
+ public:
+  explicit Company(rankwise::v1::Inference::Stub& stub) {
+    for (int i = 0; i < 24; ++i) {
+      threads_.emplace_back([this, &stub, i] {
+        GenerateRequest request = Sampled(kPrompt, 900, 100 + i);
+        request.mutable_sampling()->set_ignore_eos(true);
+        while (!is_over_) {
+          if (!Generate(stub, request, {.should_cancel = [this](const Reply&) { return is_over_.load(); }})
+                   .status.ok()) {
+            absl::SleepFor(absl::Milliseconds(10));
+          }
+        }
+      });
+    }
+  }
+  ~Company() {
+    is_over_ = true;
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::atomic<bool> is_over_ = false;
+  std::vector<std::thread> threads_;
+};
+
 class KilledCoordinator : public ::testing::TestWithParam<bool> {};
 INSTANTIATE_TEST_SUITE_P(Journal, KilledCoordinator, ::testing::Bool());
 
@@ -85,15 +112,18 @@ TEST_P(KilledCoordinator, ItsStreamsGoOn) {
   const Reply undisturbed = Generate(stub, request);
   ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
   Reading reading(stub, request);
-  for (int kills = 0; kills < 2; ++kills) {
+  int kills = 0;
+  for (; kills < 2; ++kills) {
     const size_t before = reading.received();
     ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return reading.received() > before + 20; }));
+    // With a journal the stream goes on before its client is back, and may have ended by then.
+    if (kills == 1 && reading.is_finished()) break;
     ASSERT_FALSE(reading.is_finished());
     kill((*cluster)->pid(-1), SIGKILL);
     ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return (*cluster)->failures() == kills + 1; }));
   }
   ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return reading.is_finished(); }));
-  EXPECT_GE(reading.resumes(), 2);
+  EXPECT_GE(reading.resumes(), kills);
   reading.ExpectSame(undisturbed);
   EXPECT_TRUE((*cluster)->Drain().ok());
 }
@@ -108,9 +138,13 @@ TEST(Journal, GoesOnWithoutAClientInTheNextDeployment) {
   {
     const auto cluster = Serve({.coordinator_flags = {"--journal", journal}});
     ASSERT_TRUE(cluster.ok()) << cluster.status();
-    const Reply cut = Generate((*cluster)->stub(), lingering,
-                               {.should_cancel = [](const Reply& reply) { return reply.ids.size() > 20; }});
-    ASSERT_TRUE(absl::IsCancelled(cut.status)) << cut.status;
+    {
+      const Company company((*cluster)->stub());
+      const Reply cut = Generate((*cluster)->stub(), lingering,
+                                 {.should_cancel = [](const Reply& reply) { return reply.ids.size() > 20; }});
+      ASSERT_TRUE(absl::IsCancelled(cut.status)) << cut.status;
+    }
+    absl::SleepFor(absl::Milliseconds(30));  // the journal writes what comes together in one transaction
     (*cluster)->Kill();
   }
   const auto cluster = Serve({.coordinator_flags = {"--journal", journal}});

@@ -143,9 +143,13 @@ int Run() {
   Must(mpi.status());
   auto group = CreateGroupCommunicator(**session, kTimeout);
   Must(group.status());
+  if ((*group)->rank() == 0) {
+    std::printf("%s\n", (*group)->Description().c_str());
+    std::fflush(stdout);
+  }
   CompareAllReduce({group->get(), mpi->get()});
   for (Communicator* each : {group->get(), mpi->get()}) {
-    if (each->rank() == 0) std::printf("%s\n", each->Description().c_str());
+    if (each->rank() == 0) std::printf("%s, waiting:\n", each->Description().c_str());
     if ((*session)->host_size() == (*session)->size()) {
       for (const int milliseconds : {0, 1, 5, 20}) MeasureWakeUp(*each, absl::Milliseconds(milliseconds));
     }
