@@ -31,6 +31,7 @@ class FaultyCommunicator final : public Communicator {
   int rank() const override { return inner_->rank(); }
   int size() const override { return inner_->size(); }
   std::string Description() const override { return "faulty " + inner_->Description(); }
+  void EnterStep(uint64_t step) override { inner_->EnterStep(step); }
 
   absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) override {
     RW_RETURN_IF_ERROR(NextCall());

@@ -55,6 +55,7 @@ class NcclCommunicator final : public Communicator {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   std::string Description() const override { return absl::StrCat("nccl, ", size_, " ranks"); }
+  void EnterStep(uint64_t step) override { host_.EnterStep(step); }
 
   absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) override;
   absl::Status Wait(absl::Duration timeout) override;

@@ -13,6 +13,7 @@ class StagedCommunicator final : public Communicator {
   int rank() const override { return host_.rank(); }
   int size() const override { return host_.size(); }
   std::string Description() const override { return absl::StrCat("staged over ", host_.Description()); }
+  void EnterStep(uint64_t step) override { host_.EnterStep(step); }
 
   // A rank whose device fails leaves its peers to their deadline.
   absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) override {

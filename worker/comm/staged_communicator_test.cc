@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "kernels/backend.h"
+#include "worker/comm/activity.h"
 
 namespace rankwise::comm {
 namespace {
@@ -30,6 +31,14 @@ TEST(StagedCommunicatorTest, SumsWhatLiesInMemoryOfTheBackend) {
       EXPECT_EQ(group->Description(), "staged over threads, 3 ranks");
     });
   }
+}
+
+TEST(StagedCommunicatorTest, WhoeverWatchesTheHostHearsOfItsSteps) {
+  Activity activity;
+  WatchedCommunicator host(CreateSoloCommunicator(), &activity);
+  const auto backend = kernels::CreateReferenceBackend();
+  CreateStagedCommunicator(host, *backend)->EnterStep(7);
+  EXPECT_EQ(activity.Snapshot().step, 7u);
 }
 
 TEST(StagedCommunicatorTest, AnErrorOfTheHostIsEveryLaterCalls) {
