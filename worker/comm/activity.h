@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -8,18 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "worker/comm/collective.h"
 #include "worker/comm/communicator.h"
 
 // What a rank is doing, for those who watch it: written by the thread that calls the communicator, read by any other.
 namespace rankwise::comm {
-
-enum class Collective : uint32_t { kNone, kAllReduceSum, kGather, kBroadcast, kGatherMessages, kBarrier };
-
-inline const char* Name(Collective collective) {
-  constexpr std::array kNames = {"no collective", "AllReduceSum", "Gather", "Broadcast", "GatherMessages", "Barrier"};
-  const auto index = static_cast<size_t>(collective);
-  return index < kNames.size() ? kNames[index] : "?";
-}
 
 // One look at it. Plain bytes, so that it can travel.
 struct ActivitySnapshot {

@@ -14,6 +14,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "worker/comm/collective.h"
 #include "worker/comm/pacer.h"
 #include "worker/comm/packet.h"
 #include "worker/comm/preconditions.h"
@@ -34,24 +35,6 @@ constexpr int64_t kHalvingBytes = 64 << 10;
 // size). Same machine, 2 ranks: 4 KiB in 1.5 us instead of 5.7, 16 KiB in 6.3 instead of 8.7, 32 KiB no gain.
 constexpr int64_t kPiecesBytes = 16 << 10;
 constexpr int64_t kPieceFloats = sizeof(Packet) / sizeof(float);
-
-enum class Collective { kAllReduceSum, kGather, kBroadcast, kGatherMessages, kBarrier };
-
-const char* Name(Collective collective) {
-  switch (collective) {
-    case Collective::kAllReduceSum:
-      return "AllReduceSum";
-    case Collective::kGather:
-      return "Gather";
-    case Collective::kBroadcast:
-      return "Broadcast";
-    case Collective::kGatherMessages:
-      return "GatherMessages";
-    case Collective::kBarrier:
-      return "Barrier";
-  }
-  return "?";
-}
 
 std::string MpiError(int code) {
   char text[MPI_MAX_ERROR_STRING];

@@ -23,6 +23,7 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "worker/comm/collective.h"
 #include "worker/comm/exchange.h"
 #include "worker/comm/pacer.h"
 #include "worker/comm/preconditions.h"
@@ -42,13 +43,6 @@ constexpr int kLooksPerClock = 32;
 // all.
 constexpr int kSharingRanks = 4;
 constexpr int64_t kSharingBytes = 8 << 10;
-
-enum class Collective : uint32_t { kAllReduceSum = 1, kGather, kBroadcast, kGatherMessages, kBarrier };
-
-const char* Name(Collective collective) {
-  constexpr const char* kNames[] = {"?", "AllReduceSum", "Gather", "Broadcast", "GatherMessages", "Barrier"};
-  return kNames[static_cast<int>(collective)];
-}
 
 // What one rank shows the others. Only its owner writes, except `sleepers`. All zero at first.
 struct Mailbox {
