@@ -187,7 +187,8 @@ class SqliteJournal final : public Journal {
     std::map<std::string, size_t> numbers;
     Statement requests(database_,
                        "SELECT id, request, fingerprint, accepted_us, deadline_us FROM requests ORDER BY rowid;");
-    while (requests.Step() == SQLITE_ROW) {
+    int code = requests.Step();
+    for (; code == SQLITE_ROW; code = requests.Step()) {
       JournaledRequest request;
       if (!request.request.ParseFromString(requests.Column(1))) {
         return absl::FailedPreconditionError(absl::StrCat("journal: request ", requests.Column(0), " is no request"));
@@ -200,8 +201,9 @@ class SqliteJournal final : public Journal {
       numbers[requests.Column(0)] = recovered_.size();
       recovered_.push_back(std::move(request));
     }
+    if (code != SQLITE_DONE) return Error("read");
     Statement outputs(database_, "SELECT id, sample, output FROM outputs ORDER BY rowid;");
-    while (outputs.Step() == SQLITE_ROW) {
+    for (code = outputs.Step(); code == SQLITE_ROW; code = outputs.Step()) {
       SequenceOutput output;
       auto& samples = recovered_.at(numbers.at(outputs.Column(0))).samples;
       const auto sample = static_cast<size_t>(outputs.IntegerColumn(1));
@@ -210,6 +212,7 @@ class SqliteJournal final : public Journal {
       }
       Merge(output, samples[sample]);
     }
+    if (code != SQLITE_DONE) return Error("read");
     absl::MutexLock lock(&mutex_);
     for (const auto& [id, number] : numbers) known_.insert(id);
     return absl::OkStatus();
@@ -238,8 +241,18 @@ class SqliteJournal final : public Journal {
       if (!changes.empty() || !outputs.empty()) written = Commit(changes, outputs, accept, forget, append);
       if (!written.ok()) spdlog::error("journal: {}", std::string(written.message()));
       absl::MutexLock lock(&mutex_);
+      if (!written.ok()) PutBack(std::move(outputs));
       written_ = ticket;
       latest_error_ = written;
+    }
+  }
+
+  // What could not be written goes before what has come since: a stream on disk has no hole.
+  void PutBack(Outputs outputs) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    for (auto& [key, output] : outputs) {
+      if (!known_.contains(key.first)) continue;
+      if (const auto later = outputs_.find(key); later != outputs_.end()) Merge(later->second, output);
+      outputs_[key] = std::move(output);
     }
   }
 

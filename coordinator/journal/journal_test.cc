@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -116,6 +117,31 @@ TEST_F(JournalTest, AClosedJournalKeepsWhatItHas) {
     EXPECT_FALSE(journal->Accept(MakeRequest("b")).ok());
   }
   EXPECT_THAT(Open()->TakeRecovered(), SizeIs(1));
+}
+
+// The log may not grow for a while, as on a full disk.
+TEST_F(JournalTest, TokensThatCouldNotBeWrittenAreWrittenLater) {
+  {
+    auto journal = Open();
+    ASSERT_TRUE(journal->Accept(MakeRequest("a")).ok());
+    rlimit before;
+    ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+    const auto handler = signal(SIGXFSZ, SIG_IGN);
+    const rlimit small{.rlim_cur = 1, .rlim_max = before.rlim_max};
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+    journal->Append("a", 0, Token(0));
+    absl::SleepFor(absl::Milliseconds(50));
+    EXPECT_FALSE(journal->Accept(MakeRequest("refused")).ok());
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
+    signal(SIGXFSZ, handler);
+    journal->Append("a", 0, Token(1, true));
+  }
+  const auto recovered = Open()->TakeRecovered();
+  ASSERT_THAT(recovered, SizeIs(1));
+  ASSERT_THAT(recovered[0].samples[0].tokens(), SizeIs(2));
+  EXPECT_EQ(recovered[0].samples[0].tokens(0).id(), 0);
+  EXPECT_EQ(recovered[0].samples[0].tokens(1).id(), 1);
+  EXPECT_TRUE(recovered[0].samples[0].finished());
 }
 
 // The child is killed with requests accepted and tokens on their way. It tells of each acceptance only afterwards.
