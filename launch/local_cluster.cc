@@ -76,7 +76,7 @@ std::string LocalCluster::TokenFile(const char* of) const { return absl::StrCat(
 
 absl::Status LocalCluster::MakeCredentials() {
   const wire::CredentialFiles& tls = options_.tls;
-  if (tls.tls_cert.empty() != tls.tls_ca.empty())
+  if (tls.tls_cert.empty() != tls.tls_ca.empty() || (options_.is_tls_mutual && tls.tls_ca.empty()))
     return absl::InvalidArgumentError("TLS needs a certificate, its key, and the CA that has signed it");
   RW_ASSIGN_OR_RETURN(credentials_, wire::ReadCredentials(tls));
   if (!options_.has_tokens) return absl::OkStatus();

@@ -407,8 +407,9 @@ absl::Status Cluster::CheckAlive(const Group& group, absl::Time now) const {
 void Cluster::Erase(uint64_t number, bool tells_group) {
   const auto found = sequences_.find(number);
   const Sequence& sequence = found->second;
-  RemovePending(number);
-  if (sequence.epoch != 0) {
+  if (sequence.epoch == 0) {
+    RemovePending(number);
+  } else {
     Charge(sequence, -OutstandingTokens(sequence));
     Group& group = groups_.at(sequence.epoch);
     group.sequences.erase(number);
@@ -479,7 +480,6 @@ void Cluster::AddPending(uint64_t number) {
 
 void Cluster::RemovePending(uint64_t number) {
   const PendingQueue::Entry entry = EntryOf(number);
-  if (!pending_.Contains(entry)) return;
   pending_.Remove(entry);
   share_.Depart(entry.tenant);
 }
@@ -527,7 +527,7 @@ rankwise::v1::GetLoadResponse Cluster::Load(absl::Time now) const {
     load.set_epoch(epoch);
     load.set_blocks_total(group.join.blocks_total());
     load.set_block_tokens(group.join.block_tokens());
-    load.set_seconds_since_step(load.seconds_since_step() + absl::ToDoubleSeconds(now - group.heard));
+    load.set_seconds_since_step(load.seconds_since_step() + absl::ToDoubleSeconds(now - group.moved));
     if (load.ranks().empty()) *load.mutable_ranks() = group.join.ranks();
   }
   return response;

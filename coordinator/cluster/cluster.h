@@ -80,7 +80,7 @@ struct Request {
 // Invariants: (1) A sequence waits in `pending_`, or belongs to exactly one live epoch. (2) `generated` of a sequence
 // is what its listener got, and its length is the only offset at which output is taken. (3) Messages of a dead epoch
 // change nothing. (4) A group's outstanding tokens are the sum over the sequences that it holds; the live tokens
-// are that over all requests.
+// are prompt and max_tokens of all live samples.
 class Cluster {
  public:
   explicit Cluster(const ClusterOptions& options) : options_(options) {}

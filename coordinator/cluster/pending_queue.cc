@@ -18,13 +18,6 @@ void PendingQueue::Remove(const Entry& entry) {
   if (level->second.empty()) priorities_.erase(level);
 }
 
-bool PendingQueue::Contains(const Entry& entry) const {
-  const auto level = priorities_.find(entry.priority);
-  if (level == priorities_.end()) return false;
-  const auto tenant = level->second.find(entry.tenant);
-  return tenant != level->second.end() && tenant->second.contains(entry.sequence);
-}
-
 std::optional<uint64_t> PendingQueue::Next(const FairShare& share) const {
   if (priorities_.empty()) return std::nullopt;
   std::optional<std::pair<int64_t, uint64_t>> best;

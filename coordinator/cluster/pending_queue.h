@@ -24,7 +24,6 @@ class PendingQueue {
   // Idempotent.
   void Remove(const Entry& entry);
   std::optional<uint64_t> Next(const FairShare& share) const;
-  bool Contains(const Entry& entry) const;
   uint32_t size() const { return size_; }
 
  private:

@@ -118,30 +118,28 @@ bool InferenceService::HasRestarted() {
 absl::Status InferenceService::SubmitStream(const std::shared_ptr<RequestStream>& stream, cluster::Request request,
                                             const rankwise::v1::GetModelInfoResponse& model) {
   const std::string id = stream->request_id();
+  const auto give_up = [&](const absl::Status& why) {
+    if (stream->lingers()) {
+      kept_.Remove(id);
+      if (journal_ != nullptr) journal_->Forget(id);
+      stream->OnFailed(why);  // whoever has resumed it meanwhile hears of it
+    }
+    return why;
+  };
   if (stream->lingers()) {
     if (!kept_.Add(stream)) return absl::AlreadyExistsError(absl::StrCat("request_id \"", id, "\" is known"));
-    absl::Status journaled;
     if (journal_ != nullptr && request.delivered.empty()) {
-      journaled = journal_->Accept({.request = stream->request(),
-                                    .fingerprint = model.fingerprint(),
-                                    .accepted = stream->started(),
-                                    .deadline = request.deadline});
-    }
-    if (!journaled.ok()) {
-      kept_.Remove(id);
-      return absl::UnavailableError(absl::StrCat("the journal: ", journaled.message()));
+      const absl::Status journaled = journal_->Accept({.request = stream->request(),
+                                                       .fingerprint = model.fingerprint(),
+                                                       .accepted = stream->started(),
+                                                       .deadline = request.deadline});
+      if (!journaled.ok()) return give_up(absl::UnavailableError(absl::StrCat("the journal: ", journaled.message())));
     }
   }
   const auto key = cluster_->Submit(std::move(request), absl::Now());
-  if (key.ok()) {
-    stream->set_key(*key);
-    return absl::OkStatus();
-  }
-  if (stream->lingers()) {
-    kept_.Remove(id);
-    if (journal_ != nullptr) journal_->Forget(id);
-  }
-  return key.status();
+  if (!key.ok()) return give_up(key.status());
+  stream->set_key(*key);
+  return absl::OkStatus();
 }
 
 void InferenceService::Restart(journal::JournaledRequest request, const rankwise::v1::GetModelInfoResponse& model,
