@@ -24,7 +24,6 @@ void KeptStreams::Remove(const std::string& id) {
 std::vector<std::shared_ptr<RequestStream>> KeptStreams::TakeExpired(absl::Time now) {
   absl::MutexLock lock(&mutex_);
   std::vector<std::shared_ptr<RequestStream>> expired;
-  std::multimap<absl::Time, std::string> finished;
   size_t bytes = 0;
   const auto take = [&](auto found) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     expired.push_back(std::move(found->second));
@@ -38,13 +37,17 @@ std::vector<std::shared_ptr<RequestStream>> KeptStreams::TakeExpired(absl::Time 
       continue;
     }
     bytes += state.bytes;
-    if (state.is_over && !state.is_read) finished.emplace(state.unread_since, next->first);
     ++next;
   }
+  if (bytes <= max_bytes_) return expired;
+  std::multimap<absl::Time, decltype(streams_)::iterator> finished;
+  for (auto stream = streams_.begin(); stream != streams_.end(); ++stream) {
+    const RequestStream::State state = stream->second->state();
+    if (state.is_over && !state.is_read) finished.emplace(state.unread_since, stream);
+  }
   for (auto oldest = finished.begin(); bytes > max_bytes_ && oldest != finished.end(); ++oldest) {
-    const auto found = streams_.find(oldest->second);
-    bytes -= found->second->state().bytes;
-    take(found);
+    bytes -= oldest->second->second->state().bytes;
+    take(oldest->second);
   }
   return expired;
 }
