@@ -1,6 +1,5 @@
 #include <poll.h>
 #include <sys/epoll.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,11 +30,12 @@
 #include "launch/batch/runner.h"
 #include "launch/batch/walltime.h"
 #include "launch/client.h"
-#include "launch/cluster_commands.h"
 #include "launch/cluster_flags.h"
+#include "launch/commands.h"
 #include "launch/interrupt.h"
 #include "launch/local_cluster.h"
 #include "launch/progress_bar.h"
+#include "worker/kv/kv_choice.h"
 
 namespace rankwise::launch {
 namespace {
@@ -107,40 +107,6 @@ class AnyReadable {
   const int fd_;
 };
 
-// What asks a run to stop: Ctrl-C and its kin, and the SIGUSR1 that Slurm is told to send before a job's end. Create it
-// before any other thread.
-class StopRequest {
- public:
-  StopRequest() {
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGUSR1);
-    RW_CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0);
-    usr1_fd_ = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
-    RW_CHECK(usr1_fd_ >= 0);
-    either_.Add(interrupt_.fd());
-    either_.Add(usr1_fd_);
-  }
-  ~StopRequest() { close(usr1_fd_); }
-
-  int fd() const { return either_.fd(); }
-  bool has_come() const {
-    pollfd event{either_.fd(), POLLIN, 0};
-    return poll(&event, 1, 0) == 1;
-  }
-  void Acknowledge() {
-    interrupt_.Acknowledge();
-    signalfd_siginfo info;
-    while (read(usr1_fd_, &info, sizeof(info)) > 0) {
-    }
-  }
-
- private:
-  Interrupt interrupt_;
-  int usr1_fd_;
-  AnyReadable either_;
-};
-
 // A cluster that lives as long as this, or a server that runs somewhere.
 class Server {
  public:
@@ -159,7 +125,8 @@ class Server {
   const EndpointFlags endpoint_flags_;
   std::unique_ptr<LocalCluster> cluster_;
   absl::Mutex mutex_;
-  std::string endpoint_ ABSL_GUARDED_BY(mutex_);
+  std::string endpoint_ ABSL_GUARDED_BY(mutex_);  // of stub_, and so are the credentials
+  wire::Credentials credentials_ ABSL_GUARDED_BY(mutex_);
   std::shared_ptr<Inference::Stub> stub_ ABSL_GUARDED_BY(mutex_);
 };
 
@@ -208,13 +175,15 @@ absl::StatusOr<std::shared_ptr<Inference::Stub>> Server::Find() {
     credentials = cluster_->credentials();
   } else if (auto found = ResolveEndpoint(endpoint_flags_); found.ok()) {
     endpoint = *std::move(found);
-    RW_ASSIGN_OR_RETURN(credentials, ResolveCredentials(endpoint_flags_));
+    RW_ASSIGN_OR_RETURN(credentials, ResolveCredentials(endpoint_flags_, endpoint));
   } else {
     return absl::UnavailableError(found.status().message());
   }
-  if (endpoint != endpoint_) {
+  // A server that comes back may have a new token at the old address.
+  if (stub_ == nullptr || endpoint != endpoint_ || credentials != credentials_) {
     stub_ = ConnectTo(endpoint, credentials);
     endpoint_ = endpoint;
+    credentials_ = std::move(credentials);
   }
   return stub_;
 }
@@ -272,11 +241,11 @@ class Batch {
   absl::Status Prepare();
   absl::Status Ask();
   // Until every line has its result, or what stops a run has stopped it.
-  absl::Status Watch(Server& server, batch::Runner& runner, AnyReadable& events);
+  absl::Status Watch(Server& server, batch::Runner& runner, AnyReadable& events, absl::Time give_up);
   absl::Status Verdict(const batch::Runner& runner, absl::Status ended) const;
 
   const BatchFlags& flags_;
-  StopRequest stop_;
+  Interrupt stop_{SIGUSR1};  // which Slurm is told to send before a job's end
   std::string output_;
   std::unique_ptr<batch::FileLock> lock_;
   std::optional<batch::Input> input_;
@@ -306,15 +275,13 @@ absl::Status Batch::Prepare() {
     if (!shard.Holds(i) && !found_.lines[i].empty())
       return absl::FailedPreconditionError(absl::StrCat(output_, " holds the result of line ",
                                                         input_->lines()[i].number, ", which is of another shard"));
-    found_.lines[i].clear();  // only that it is there was of interest
   }
+  found_.lines.clear();  // only that they are there was of interest
   return absl::OkStatus();
 }
 
-absl::Status Batch::Watch(Server& server, batch::Runner& runner, AnyReadable& events) {
+absl::Status Batch::Watch(Server& server, batch::Runner& runner, AnyReadable& events, absl::Time give_up) {
   ProgressBar bar("batch", static_cast<int64_t>(todo_.size()));
-  absl::Time give_up = absl::InfiniteFuture();
-  if (const auto end = EndOfJob()) give_up = *end - absl::Seconds(flags_.margin_seconds);
   absl::Status ended;
   bool is_stopping = false;
   while (!runner.is_idle()) {
@@ -374,6 +341,7 @@ absl::Status Batch::Ask() {
   absl::Status verdict;
   {
     batch::Walltime walltime(EndOfJob(), absl::Seconds(flags_.margin_seconds));
+    const absl::Time last_moment = walltime.last_moment();  // from now on it is the runner's
     batch::RunnerOptions options{.question = flags_.question, .served = served, .window = flags_.window};
     options.line_timeout = absl::Seconds(flags_.line_seconds);
     options.patience = absl::Seconds(flags_.patience_seconds);
@@ -382,7 +350,7 @@ absl::Status Batch::Ask() {
     AnyReadable events;
     events.Add(stop_.fd());
     events.Add(runner.progress_fd());
-    const absl::Status ended = Watch(**server, runner, events);
+    const absl::Status ended = Watch(**server, runner, events, last_moment);
     verdict = Verdict(runner, ended);
   }
   const absl::Status end = (*server)->End(stop_.fd());
@@ -430,7 +398,7 @@ void AddBatch(CLI::App& app, Action& action) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_option("--kv", flags->kv, "With MODEL: how keys and values are stored")
-      ->check(CLI::IsMember({"f16", "f32", "int8", "int8-head", "int8-online", "int4-online"}));
+      ->check(CLI::IsMember(kv::KvNames()));
   command->add_option("--kv-scales", flags->kv_scales, "With MODEL: folder with the int8 scales")
       ->check(CLI::ExistingDirectory);
   command->add_option("--max-running", flags->max_running, "With MODEL: sequences in one step")

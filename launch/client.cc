@@ -36,7 +36,7 @@ std::string HomeTokenFileOf(const std::string& endpoint) {
   return absl::StrCat(home, "/.rankwise/tokens/", name);
 }
 
-absl::StatusOr<wire::Credentials> ResolveCredentials(const EndpointFlags& flags) {
+absl::StatusOr<wire::Credentials> ResolveCredentials(const EndpointFlags& flags, const std::string& endpoint) {
   wire::CredentialFiles files = flags.credentials;
   if (files.token.empty() && !flags.endpoint_file.empty() &&
       access(TokenFileOf(flags.endpoint_file).c_str(), F_OK) == 0)
@@ -47,7 +47,6 @@ absl::StatusOr<wire::Credentials> ResolveCredentials(const EndpointFlags& flags)
     if (const char* value = std::getenv(name); file->empty() && value != nullptr) *file = value;
   }
   if (files.token.empty()) {
-    RW_ASSIGN_OR_RETURN(const std::string endpoint, ResolveEndpoint(flags));
     if (const std::string path = HomeTokenFileOf(endpoint); access(path.c_str(), F_OK) == 0) files.token = path;
   }
   return wire::ReadCredentials(files);
@@ -77,7 +76,7 @@ std::unique_ptr<rankwise::v1::Inference::Stub> ConnectTo(const std::string& endp
 
 absl::StatusOr<std::unique_ptr<rankwise::v1::Inference::Stub>> Connect(const EndpointFlags& flags) {
   RW_ASSIGN_OR_RETURN(const std::string endpoint, ResolveEndpoint(flags));
-  RW_ASSIGN_OR_RETURN(const wire::Credentials credentials, ResolveCredentials(flags));
+  RW_ASSIGN_OR_RETURN(const wire::Credentials credentials, ResolveCredentials(flags, endpoint));
   return ConnectTo(endpoint, credentials);
 }
 

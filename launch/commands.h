@@ -7,9 +7,12 @@
 
 namespace rankwise::launch {
 
-// What the parsed command line asks for; main() runs it. Exit code: 0 for OK, 130 for Cancelled, 2 for what the user
-// must change (InvalidArgument, NotFound, FailedPrecondition, Unimplemented), else 1.
+// What the parsed command line asks for; main() runs it. Exit code: that of kExitCode where the status has it, else 0
+// for OK, 130 for Cancelled, 2 for what the user must change (InvalidArgument, NotFound, FailedPrecondition,
+// Unimplemented), else 1.
 using Action = std::function<absl::Status()>;
+// A payload of a status that is not OK: the command's exit code, in decimal.
+inline constexpr char kExitCode[] = "rankwise/exit_code";
 
 // Each adds one subcommand, which sets `action` when it is parsed.
 void AddServe(CLI::App& app, Action& action);
@@ -23,5 +26,8 @@ void AddBench(CLI::App& app, Action& action);
 void AddEval(CLI::App& app, Action& action);
 void AddBenchMemory(CLI::App& bench, Action& action);
 void AddPlan(CLI::App& app, Action& action);
+void AddBatch(CLI::App& app, Action& action);
+void AddPreflight(CLI::App& app, Action& action);
+void AddTop(CLI::App& app, Action& action);
 
 }  // namespace rankwise::launch

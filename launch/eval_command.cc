@@ -78,9 +78,7 @@ class Server {
                                                        const Interrupt& interrupt) {
     auto server = std::make_unique<Server>();
     if (!compared.endpoint.empty()) {
-      EndpointFlags endpoint = flags.endpoint;
-      endpoint.endpoint = compared.endpoint;
-      RW_ASSIGN_OR_RETURN(const wire::Credentials credentials, ResolveCredentials(endpoint));
+      RW_ASSIGN_OR_RETURN(const wire::Credentials credentials, ResolveCredentials(flags.endpoint, compared.endpoint));
       server->stub_ = ConnectTo(compared.endpoint, credentials);
       return server;
     }

@@ -11,17 +11,18 @@
 namespace rankwise::launch {
 namespace {
 
-int BlockAndOpen() {
+int BlockAndOpen(std::initializer_list<int> others) {
   sigset_t signals;
   sigemptyset(&signals);
   for (const int signal : {SIGINT, SIGTERM, SIGHUP}) sigaddset(&signals, signal);
+  for (const int signal : others) sigaddset(&signals, signal);
   RW_CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0);
   return signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
 }  // namespace
 
-Interrupt::Interrupt() : fd_(BlockAndOpen()) { RW_CHECK(fd_ >= 0); }
+Interrupt::Interrupt(std::initializer_list<int> others) : fd_(BlockAndOpen(others)) { RW_CHECK(fd_ >= 0); }
 
 Interrupt::~Interrupt() { close(fd_); }
 

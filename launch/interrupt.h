@@ -1,12 +1,14 @@
 #pragma once
 
+#include <initializer_list>
+
 namespace rankwise::launch {
 
-// Ctrl-C and its kin as something to wait for. Blocks SIGINT, SIGTERM and SIGHUP for this thread and those it starts:
-// create it before any other thread.
+// Ctrl-C and its kin as something to wait for. Blocks SIGINT, SIGTERM, SIGHUP and `others` for this thread and those it
+// starts: create it before any other thread.
 class Interrupt {
  public:
-  Interrupt();
+  explicit Interrupt(std::initializer_list<int> others = {});
   ~Interrupt();
   Interrupt(const Interrupt&) = delete;
   Interrupt& operator=(const Interrupt&) = delete;

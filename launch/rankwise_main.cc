@@ -4,7 +4,6 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/numbers.h"
-#include "launch/cluster_commands.h"
 #include "launch/commands.h"
 
 namespace rankwise::launch {

@@ -15,7 +15,7 @@
 #include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "launch/client.h"
-#include "launch/cluster_commands.h"
+#include "launch/commands.h"
 #include "launch/interrupt.h"
 #include "launch/load_table.h"
 

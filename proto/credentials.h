@@ -24,6 +24,7 @@ struct CredentialFiles {
 struct Credentials {
   std::string token;
   std::string ca, cert, key;  // PEM
+  bool operator==(const Credentials&) const = default;
 };
 
 // NotFound; FailedPrecondition for a token file that others can read, a token of fewer than 16 bytes, or a certificate

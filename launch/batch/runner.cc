@@ -120,15 +120,14 @@ void Runner::Run() {
   while (const std::optional<size_t> index = Claim()) {
     const Input::Line& line = input_.lines()[*index];
     const absl::Time begin = absl::Now();
-    absl::StatusOr<std::string> result = Resolve(line);
+    const absl::StatusOr<Result> result = Resolve(line);
     absl::Status status = result.status();
-    if (result.ok()) status = results_.Append(*result);
-    const bool is_error = result.ok() && ReadResult(*result)->is_error;
+    if (result.ok()) status = results_.Append(result->line);
     absl::MutexLock lock(&mutex_);
     if (status.ok()) {
       ++done_;
-      errors_ += is_error;
-      if (!is_error) walltime_.Observe(absl::Now() - begin);
+      errors_ += result->is_error;
+      if (!result->is_error) walltime_.Observe(absl::Now() - begin);
     } else if (!absl::IsCancelled(status)) {
       status_.Update(status);
     }
@@ -139,15 +138,15 @@ void Runner::Run() {
   eventfd_write(progress_fd_, 1);
 }
 
-absl::StatusOr<std::string> Runner::Resolve(const Input::Line& line) {
+absl::StatusOr<Runner::Result> Runner::Resolve(const Input::Line& line) {
   const std::string_view text = input_.text(line);
   const std::string id = ResultId(text);
   const absl::StatusOr<Question> question = ReadQuestion(text, options_.question);
-  if (!question.ok()) return UnreadableLine(line.custom_id, id, line.number, question.status());
+  if (!question.ok()) return Result{UnreadableLine(line.custom_id, id, line.number, question.status()), true};
   return Ask(*question, id);
 }
 
-absl::StatusOr<std::string> Runner::Ask(const Question& question, const std::string& id) {
+absl::StatusOr<Runner::Result> Runner::Ask(const Question& question, const std::string& id) {
   int failures = 0;
   std::optional<absl::Time> waiting_since;
   for (absl::Duration pause = kFirstPause;; pause = std::min(2 * pause, kLongestPause)) {
@@ -157,10 +156,12 @@ absl::StatusOr<std::string> Runner::Ask(const Question& question, const std::str
     std::string line = status.ok() ? answer.ToLine(question, id, options_.served) : "";
     absl::MutexLock lock(&mutex_);
     if (!MayPass(status)) last_word_ = absl::Now();
-    if (status.ok()) return line;
-    if (IsRefusal(status)) return RefusedLine(question.custom_id, id, status);
+    if (status.ok()) return Result{std::move(line), false};
+    if (IsRefusal(status)) return Result{RefusedLine(question.custom_id, id, status), true};
     if (ConcernsAll(status)) return status;
-    if (!MayPass(status) && ++failures == kServerFailures) return RefusedLine(question.custom_id, id, status);
+    if (!MayPass(status) && ++failures == kServerFailures) {
+      return Result{RefusedLine(question.custom_id, id, status), true};
+    }
     if (is_stopping_ || !status_.ok()) return absl::CancelledError("the batch is ending");
     if (!waiting_since) waiting_since = absl::Now();
     if (absl::Now() - std::max(last_word_, *waiting_since) > options_.patience)

@@ -24,7 +24,7 @@
 
 namespace rankwise::batch {
 
-// A stub to ask next; a server that comes back at another address is found by asking again.
+// A stub to ask next; a server that comes back at another address, or with another token, is found by asking again.
 using FindServer = std::function<absl::StatusOr<std::shared_ptr<rankwise::v1::Inference::Stub>>()>;
 
 struct RunnerOptions {
@@ -61,12 +61,17 @@ class Runner {
   absl::Status status() const;  // the first failure that concerns all lines; nothing begins after it
 
  private:
+  struct Result {
+    std::string line;
+    bool is_error;
+  };
+
   void Run();
   // nullopt: nothing more is to be begun.
   std::optional<size_t> Claim();
-  absl::StatusOr<std::string> Resolve(const Input::Line& line);
-  // The result line. Cancelled: given up.
-  absl::StatusOr<std::string> Ask(const Question& question, const std::string& id);
+  absl::StatusOr<Result> Resolve(const Input::Line& line);
+  // Cancelled: given up.
+  absl::StatusOr<Result> Ask(const Question& question, const std::string& id);
   absl::Status AskOnce(const Question& question, Answer& answer);
 
   const Input& input_;
