@@ -39,7 +39,7 @@ parse_cluster_option() {
   esac
 }
 
-# $1 repeated pauses: prints the next one's seconds, false when there were too many. Keeps $restarts and $pause.
+# Sleeps before the next start of what ran $1 seconds; false when there were too many. Keeps $restarts and $pause.
 next_pause() {
   local ran=$1
   if ((ran >= 60)); then restarts=0 pause=1; fi
@@ -83,17 +83,8 @@ run_coordinator() {
   # Started again, it comes back where it was.
   local listen=$1
   if [[ -s $run_folder/endpoint ]]; then listen=$(<"$run_folder/endpoint"); fi
-  "$rankwise_bin/rankwise-coordinator" --model "$model" --listen "$listen" --endpoint-file "$run_folder/endpoint" \
-    --token-file "$token_file" --drain-timeout "$drain_seconds" --log-level "${RANKWISE_LOG_LEVEL:-warn}" "${coordinator_flags[@]}" &
-  local child=$!
-  trap 'kill -TERM $child 2>/dev/null' TERM
-  wait $child
-  local code=$?
-  while kill -0 $child 2>/dev/null; do
-    wait $child
-    code=$?
-  done
-  return $code
+  exec "$rankwise_bin/rankwise-coordinator" --model "$model" --listen "$listen" --endpoint-file "$run_folder/endpoint" \
+    --token-file "$token_file" --drain-timeout "$drain_seconds" --log-level "${RANKWISE_LOG_LEVEL:-warn}" "${coordinator_flags[@]}"
 }
 
 start_cluster() {
