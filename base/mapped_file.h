@@ -38,6 +38,7 @@ class MappedFile {
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, size_t limit_bytes = size_t{1} << 30);
 
 // Writes to a temporary name in the same folder, syncs, renames: a reader sees the old file or the new, never a part.
-absl::Status WriteFileAtomically(const std::string& path, std::string_view contents);
+// `mode` is the file's, also while it is written.
+absl::Status WriteFileAtomically(const std::string& path, std::string_view contents, mode_t mode = 0644);
 
 }  // namespace rankwise

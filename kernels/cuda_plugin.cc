@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cstring>
-#include <filesystem>
 #include <string_view>
 #include <system_error>
 
@@ -35,11 +34,6 @@ std::string Describe(const Gpu& gpu) {
       gpu.peers.empty() ? "no peer access" : absl::StrCat("peer access to GPU ", absl::StrJoin(gpu.peers, ", "));
   return absl::StrFormat("GPU %d, %s, sm_%d, %d SMs, %.1f GiB, %s", gpu.index, gpu.name, gpu.capability,
                          gpu.multiprocessors, gib, peers);
-}
-
-std::string ProgramFolder() {
-  std::error_code error;
-  return std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
 }
 
 const char* CudaPluginBuild() { return RANKWISE_PLUGIN_BUILD; }

@@ -9,8 +9,8 @@
 #include "kernels/backend.h"
 #include "kernels/machine_limits.h"
 
-// The CUDA backend lies in a library of its own, opened only when it is wanted: cuBLASLt alone would cost every process
-// 200 MB and up to two seconds.
+// The CUDA backend lies in a library of its own, opened only when it is wanted; cuBLASLt, which costs a process 200 MB
+// and up to two seconds, in another, which benchmarks alone open.
 namespace rankwise::kernels {
 
 struct Gpu {
@@ -27,7 +27,7 @@ std::string Describe(const Gpu& gpu);  // "GPU 0, NVIDIA H100 80GB HBM3, sm_90, 
 // What librankwise_cuda.so exports under the name kCudaPluginSymbol. Every function may be called from any thread.
 struct CudaPlugin {
   const char* build = nullptr;  // CudaPluginBuild() of the program it was built with
-  // The GPUs this process may use, in their order; never empty. FailedPrecondition without a driver or a GPU.
+  // The GPUs this process may use, in their order; never empty. Unavailable without a driver or a GPU.
   absl::StatusOr<std::vector<Gpu>> (*list_gpus)() = nullptr;
   absl::StatusOr<std::unique_ptr<Backend>> (*create_backend)(int gpu) = nullptr;
   // The cudaStream_t on which a backend of create_backend works.
@@ -45,9 +45,6 @@ inline constexpr char kCudaLimitsPluginSymbol[] = "rankwise_cuda_limits_plugin";
 
 // Names the interfaces that program and plug-in share: both must have been built from the same ones.
 const char* CudaPluginBuild();
-
-// Where plug-ins lie unless told otherwise: beside the running program.
-std::string ProgramFolder();
 
 // Opens `file` in `folder` and finds `symbol`, the table of a plug-in whose first member is its build. Unimplemented
 // when there is no such file, FailedPrecondition when there is no driver, the file cannot be opened, or is of another

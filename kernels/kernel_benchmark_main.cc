@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/program_folder.h"
 #include "base/status_macros.h"
 #include "kernels/backend.h"
 #include "kernels/cuda_plugin.h"

@@ -9,6 +9,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "base/program_folder.h"
 #include "launch/child_process.h"
 #include "launch/commands.h"
 

@@ -227,9 +227,4 @@ std::string TemporaryParent() {
   return "/tmp";
 }
 
-std::string ProgramFolder() {
-  std::error_code error;
-  return std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
-}
-
 }  // namespace rankwise::launch

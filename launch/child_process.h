@@ -81,7 +81,4 @@ class PrivateFolder {
 // $XDG_RUNTIME_DIR, $TMPDIR or /tmp: the first that is a folder we may write to.
 std::string TemporaryParent();
 
-// The folder of the running program, where its sibling programs lie.
-std::string ProgramFolder();
-
 }  // namespace rankwise::launch

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "base/program_folder.h"
 #include "launch/child_process.h"
 #include "launch/restart_policy.h"
 #include "proto/credentials.h"

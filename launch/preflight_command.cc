@@ -16,10 +16,11 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/thread_team.h"
 #include "launch/child_process.h"
-#include "launch/cluster_commands.h"
+#include "launch/commands.h"
 #include "launch/memory_report.h"
 #include "launch/preflight.h"
 

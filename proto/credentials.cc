@@ -1,12 +1,10 @@
 #include "proto/credentials.h"
 
-#include <fcntl.h>
 #include <grpcpp/support/client_interceptor.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <utility>
 #include <vector>
 
@@ -93,19 +91,7 @@ std::string FreshToken() {
 }
 
 absl::Status WriteToken(const std::string& path, const std::string& token) {
-  const std::string unfinished = path + ".part";
-  unlink(unfinished.c_str());
-  const int fd = open(unfinished.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (fd < 0) return absl::ErrnoToStatus(errno, absl::StrCat("create ", unfinished));
-  const std::string line = token + "\n";
-  const bool is_written = write(fd, line.data(), line.size()) == static_cast<ssize_t>(line.size());
-  close(fd);
-  if (!is_written || rename(unfinished.c_str(), path.c_str()) != 0) {
-    const int error = errno;
-    unlink(unfinished.c_str());
-    return absl::ErrnoToStatus(error, absl::StrCat("write ", path));
-  }
-  return absl::OkStatus();
+  return WriteFileAtomically(path, token + "\n", 0600);
 }
 
 std::shared_ptr<grpc::ServerCredentials> ServerCredentials(const Credentials& credentials) {

@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include <filesystem>
+#include "base/program_folder.h"
 
 namespace rankwise::text {
 namespace {
@@ -28,9 +28,7 @@ Plugin OpenPlugin() {
   if (kIsSanitized && dlsym(RTLD_DEFAULT, kProtobufSymbol) != nullptr) {
     return {.error = "a program built with a sanitizer cannot load SentencePiece models beside protobuf"};
   }
-  std::error_code error;
-  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
-  const std::string path = program.parent_path() / "librankwise_sentencepiece.so";
+  const std::string path = ProgramFolder() + "/librankwise_sentencepiece.so";
   void* library = dlopen(path.c_str(), kOpenFlags);
   if (library == nullptr) return {.error = std::string("cannot open the SentencePiece plugin: ") + dlerror()};
   Plugin plugin{.new_model = reinterpret_cast<NewModel>(dlsym(library, "RankwiseNewSentencePieceModel"))};

@@ -17,6 +17,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/client.h"
 #include "nlohmann/json.hpp"
 #include "tests/e2e/serving.h"
@@ -64,7 +65,7 @@ class BatchCommand : public ::testing::Test {
   }
   std::unique_ptr<ChildProcess> Start(std::vector<std::string> arguments,
                                       const std::vector<std::string>& environment = {}) {
-    arguments.insert(arguments.begin(), {launch::ProgramFolder() + "/rankwise", "batch"});
+    arguments.insert(arguments.begin(), {ProgramFolder() + "/rankwise", "batch"});
     auto child = ChildProcess::Start({.command = arguments, .environment = environment, .log_path = folder_ + "/log"});
     EXPECT_TRUE(child.ok()) << child.status();
     return *std::move(child);

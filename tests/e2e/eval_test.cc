@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/child_process.h"
 #include "tests/e2e/serving.h"
 
@@ -96,7 +97,7 @@ TEST_F(EvalCommand, AKilledRunGoesOnToTheSameReport) {
 
   // Killed with an answer or two on disk, and with half a line behind them.
   std::vector<std::string> command = Clusters("killed", *scales);
-  command.insert(command.begin(), launch::ProgramFolder() + "/rankwise");
+  command.insert(command.begin(), ProgramFolder() + "/rankwise");
   auto child = launch::ChildProcess::Start({.command = command, .log_path = ScratchFolder() + "/eval-killed.log"});
   ASSERT_TRUE(child.ok()) << child.status();
   constexpr int kHeaders = 4;  // files of one configuration

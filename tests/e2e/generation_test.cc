@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/client.h"
 #include "nlohmann/json.hpp"
 #include "tests/e2e/serving.h"
@@ -347,7 +348,7 @@ TEST_F(Requests, TheCommandLineStreamsTheSameText) {
 
 TEST_F(Requests, CtrlCCancelsTheCommandLine) {
   auto child =
-      launch::ChildProcess::Start({.command = {launch::ProgramFolder() + "/rankwise", "generate", "--endpoint",
+      launch::ChildProcess::Start({.command = {ProgramFolder() + "/rankwise", "generate", "--endpoint",
                                                cluster_->endpoint(), "--max-tokens", "900", "--ignore-eos", kPrompt},
                                    .log_path = ScratchFolder() + "/ctrl-c.log"});
   ASSERT_TRUE(child.ok()) << child.status();

@@ -8,6 +8,7 @@
 #include <iterator>
 
 #include "absl/strings/str_cat.h"
+#include "base/program_folder.h"
 #include "launch/child_process.h"
 #include "tests/e2e/serving.h"
 
@@ -31,7 +32,7 @@ Ended RunWorkers(int ranks, const std::string& device) {
                      "--oversubscribe",
                      "--bind-to",
                      "none",
-                     absl::StrCat(launch::ProgramFolder(), "/rankwise-worker"),
+                     absl::StrCat(ProgramFolder(), "/rankwise-worker"),
                      "--model",
                      DemoModel(),
                      "--device",

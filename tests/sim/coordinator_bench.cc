@@ -20,6 +20,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/child_process.h"
 #include "proto/inference.grpc.pb.h"
 #include "tests/sim/simulation.h"
@@ -196,7 +197,7 @@ absl::Status Main(const Flags& flags) {
   if (!folder.ok()) return folder.status();
   const std::string endpoint_file = folder->path() + "/endpoint",
                     model = flags.is_text_off ? folder->path() : flags.model;
-  launch::ChildOptions options{.command = {launch::ProgramFolder() + "/rankwise-coordinator", "--model", model,
+  launch::ChildOptions options{.command = {ProgramFolder() + "/rankwise-coordinator", "--model", model,
                                            "--endpoint-file", endpoint_file, "--max-live", "1000000",
                                            "--max-live-tokens", "1000000000", "--log-level", "warn"}};
   if (!flags.journal.empty()) options.command.insert(options.command.end(), {"--journal", flags.journal});

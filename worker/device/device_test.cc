@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "base/program_folder.h"
 #include "worker/device/nccl_plugin.h"
 
 // The plug-ins here are small ones of the tests' own, and so is the driver: once a library of the name libcuda.so.1 is
@@ -36,7 +37,7 @@ class PluginFolder {
   ~PluginFolder() { std::filesystem::remove_all(path_); }
 
   PluginFolder& With(const std::string& source, const std::string& name) {
-    std::filesystem::copy_file(kernels::ProgramFolder() + "/" + source, path_ + "/" + name);
+    std::filesystem::copy_file(ProgramFolder() + "/" + source, path_ + "/" + name);
     return *this;
   }
   PluginFolder& WithText(const std::string& name) {
@@ -57,7 +58,7 @@ constexpr char kOtherCuda[] = "device_test_cuda_of_another_build.so";
 
 struct TestDriver : testing::Environment {
   void SetUp() override {
-    ASSERT_NE(dlopen((kernels::ProgramFolder() + "/device_test_driver.so").c_str(), RTLD_NOW), nullptr) << dlerror();
+    ASSERT_NE(dlopen((ProgramFolder() + "/device_test_driver.so").c_str(), RTLD_NOW), nullptr) << dlerror();
   }
 };
 const auto* const test_driver = testing::AddGlobalTestEnvironment(new TestDriver);
