@@ -1,7 +1,5 @@
 #include "launch/bench_engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -210,11 +208,6 @@ void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
       ->check(CLI::Range(1, 1 << 16))
       ->capture_default_str();
   app.add_flag("--json", flags.is_json, "Print JSON");
-}
-
-void ShareOutCpus(int ranks_on_host, kernels::CpuOptions& cpu) {
-  if (cpu.threads == 0) cpu.threads = std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)) / ranks_on_host);
-  cpu.pin_threads = ranks_on_host == 1;
 }
 
 double SecondsNow() {

@@ -37,9 +37,6 @@ void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags);
 absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const device::Device& device,
                          comm::Communicator& communicator);
 
-// The CPU threads of one of `ranks_on_host` ranks, unless the flags say.
-void ShareOutCpus(int ranks_on_host, kernels::CpuOptions& cpu);
-
 double SecondsNow();  // of a clock that nobody sets
 double Median(std::vector<double> values);
 // Collective: Σ over ranks.

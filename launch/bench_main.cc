@@ -184,7 +184,7 @@ int Run(Flags& flags, bool is_engine) {
                   flags.tp);
     return 2;
   }
-  ShareOutCpus(mpi.host_size(), flags.ranks.device.cpu);
+  device::ShareOutCpus(mpi.host_size(), flags.ranks.device.cpu);
   flags.ranks.device.mpi_host_rank = mpi.host_rank();
   auto host = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
   absl::Status ended = host.status();

@@ -9,7 +9,7 @@ namespace rankwise::launch {
 namespace {
 
 int Run(RankFlags& ranks, const EngineFlags& flags) {
-  ShareOutCpus(1, ranks.device.cpu);
+  device::ShareOutCpus(1, ranks.device.cpu);
   const std::unique_ptr<comm::Communicator> host = comm::CreateSoloCommunicator();
   const absl::StatusOr<device::Device> device = device::OpenDevice(ranks.device, *host);
   absl::Status ended = device.status();

@@ -134,13 +134,6 @@ absl::StatusOr<std::string> CoordinatorAddress(const Flags& flags) {
   return text;
 }
 
-void ShareOutCpus(kernels::CpuOptions& cpu, int ranks_on_host) {
-  const auto cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  if (cpu.threads == 0) cpu.threads = std::max(1, cpus / ranks_on_host);
-  // Ranks that share a host would all pin their first thread to the same CPU.
-  cpu.pin_threads = ranks_on_host == 1;
-}
-
 rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank) {
   rankwise::v1::RankLoad load;
   load.set_rank(rank.decoder->plan().rank);
@@ -263,7 +256,7 @@ int Run(Flags& flags) {
     }
     heartbeat = *std::move(started);
   }
-  ShareOutCpus(flags.device.cpu, mpi.host_size());
+  device::ShareOutCpus(mpi.host_size(), flags.device.cpu);
   flags.device.mpi_host_rank = mpi.host_rank();
   flags.device.timeout = flags.rank.collective_timeout;
   device::Device device;

@@ -1,5 +1,8 @@
 #include "worker/device/device.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <utility>
 #include <vector>
@@ -13,6 +16,13 @@
 #include "worker/device/nccl_plugin.h"
 
 namespace rankwise::device {
+
+void ShareOutCpus(int ranks_on_host, kernels::CpuOptions& cpu) {
+  const auto cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  if (cpu.threads == 0) cpu.threads = std::max(1, cpus / ranks_on_host);
+  cpu.pin_threads = ranks_on_host == 1;
+}
+
 namespace {
 
 using comm::Agree;

@@ -5,6 +5,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "base/program_folder.h"
 #include "kernels/backend.h"
 #include "kernels/cuda_plugin.h"
 #include "worker/comm/communicator.h"
@@ -14,11 +15,15 @@ namespace rankwise::device {
 struct DeviceOptions {
   std::string device = "auto";  // cpu, cuda, or auto: cuda where every rank can, else cpu
   bool is_gpu_sharing_allowed = false;
-  std::string plugin_folder = kernels::ProgramFolder();
+  std::string plugin_folder = ProgramFolder();
   int mpi_host_rank = 0;  // this rank's position on its host, as far as MPI knows
   kernels::CpuOptions cpu;
   absl::Duration timeout = absl::Seconds(60);  // for each wait for another rank
 };
+
+// The CPU threads of one of `ranks_on_host` ranks, unless the options say; pinned when it has the host for itself,
+// since several would all pin their first thread to the same CPU.
+void ShareOutCpus(int ranks_on_host, kernels::CpuOptions& cpu);
 
 // What one rank computes on, and how it acts together with the others in that memory.
 struct Device {
