@@ -3,12 +3,11 @@
 
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <random>
 
 #include "tests/support/test_data.h"
 #include "tests/support/thread_group.h"
-#include "worker/kv/kv_scales.h"
+#include "tests/support/wide_scales.h"
 
 namespace rankwise::testing {
 namespace {
@@ -16,41 +15,13 @@ namespace {
 using engine::Request;
 using engine::SequenceId;
 
-// The shipped model with scales wide enough for its K and V: what is tested does not depend on how good they are.
 class InvarianceTest : public ::testing::TestWithParam<const char*> {
  protected:
-  void SetUp() override {
-    scales_dir_ = ::testing::TempDir() + "invariance_scales_" + std::to_string(getpid());
-    std::filesystem::create_directories(scales_dir_);
-    auto checkpoint = weights::Checkpoint::Open(SourcePath("launch/demo_model"));
-    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-    const weights::ModelConfig& config = (*checkpoint)->config();
-    kv::KvStatistics statistics{.model_fingerprint = (*checkpoint)->fingerprint(),
-                                .n_layers = config.n_layers,
-                                .n_kv_heads = config.n_kv_heads,
-                                .head_dim = config.head_dim};
-    const size_t count = static_cast<size_t>(config.n_layers) * config.n_kv_heads * config.head_dim;
-    for (size_t i = 0; i < count; ++i) {
-      const float head = static_cast<float>(i / config.head_dim % config.n_kv_heads);
-      const float channel = static_cast<float>(i % config.head_dim) / 16;
-      statistics.k_min.push_back(-9 - head - channel);
-      statistics.k_max.push_back(8 + head);
-      statistics.v_min.push_back(-4 - head);
-      statistics.v_max.push_back(5 + head + channel);
-    }
-    for (const int tp : {1, 2, 4}) {
-      const std::string folder = scales_dir_ + "/tp" + std::to_string(tp);
-      std::filesystem::create_directories(folder);
-      ASSERT_EQ(kv::WriteKvScales(folder, statistics, tp, kv::Granularity::kChannel), absl::OkStatus());
-    }
-  }
-  void TearDown() override { std::filesystem::remove_all(scales_dir_); }
-
   engine::RankOptions Options(int tp = 1) const {
     engine::RankOptions options;
     options.model_dir = SourcePath("launch/demo_model");
     options.kv = GetParam();
-    options.kv_scales_dir = scales_dir_ + "/tp" + std::to_string(tp);
+    options.kv_scales_dir = scales_.FolderOf(tp);
     options.max_tokens = 256;
     options.max_running = 16;
     options.max_step_rows = 256;
@@ -95,7 +66,7 @@ class InvarianceTest : public ::testing::TestWithParam<const char*> {
     return results;
   }
 
-  std::string scales_dir_;
+  const WideScales scales_{{1, 2, 4}};
 };
 
 TEST_P(InvarianceTest, AloneOrInABatchWithRandomArrivals) {

@@ -1,15 +1,13 @@
 // The whole worker on the emulated GPU, ranks as threads: what it generates, against the CPU backend.
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cmath>
-#include <filesystem>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "tests/support/test_data.h"
 #include "tests/support/thread_group.h"
-#include "worker/kv/kv_scales.h"
+#include "tests/support/wide_scales.h"
 
 namespace rankwise::testing {
 namespace {
@@ -17,40 +15,13 @@ namespace {
 using engine::Request;
 using engine::SequenceId;
 
-// The shipped model, with scales wide enough for its K and V.
 class CudaWorkerTest : public ::testing::TestWithParam<const char*> {
  protected:
-  void SetUp() override {
-    scales_dir_ = ::testing::TempDir() + "cuda_worker_scales_" + std::to_string(getpid());
-    auto checkpoint = weights::Checkpoint::Open(SourcePath("launch/demo_model"));
-    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-    const weights::ModelConfig& config = (*checkpoint)->config();
-    kv::KvStatistics statistics{.model_fingerprint = (*checkpoint)->fingerprint(),
-                                .n_layers = config.n_layers,
-                                .n_kv_heads = config.n_kv_heads,
-                                .head_dim = config.head_dim};
-    const size_t count = static_cast<size_t>(config.n_layers) * config.n_kv_heads * config.head_dim;
-    for (size_t i = 0; i < count; ++i) {
-      const float head = static_cast<float>(i / config.head_dim % config.n_kv_heads);
-      statistics.k_min.push_back(-9 - head);
-      statistics.k_max.push_back(8 + head);
-      statistics.v_min.push_back(-4 - head);
-      statistics.v_max.push_back(5 + head);
-    }
-    for (const int tp : {1, 2}) {
-      std::filesystem::create_directories(ScalesOf(tp));
-      ASSERT_EQ(kv::WriteKvScales(ScalesOf(tp), statistics, tp, kv::Granularity::kChannel), absl::OkStatus());
-    }
-  }
-  void TearDown() override { std::filesystem::remove_all(scales_dir_); }
-
-  std::string ScalesOf(int tp) const { return scales_dir_ + "/tp" + std::to_string(tp); }
-
   engine::RankOptions Options(int tp) const {
     engine::RankOptions options;
     options.model_dir = SourcePath("launch/demo_model");
     options.kv = GetParam();
-    options.kv_scales_dir = ScalesOf(tp);
+    options.kv_scales_dir = scales_.FolderOf(tp);
     options.max_tokens = 128;
     options.max_running = 4;
     options.max_step_rows = 32;
@@ -81,7 +52,7 @@ class CudaWorkerTest : public ::testing::TestWithParam<const char*> {
     return RunAll((*group)->engine(), Requests());
   }
 
-  std::string scales_dir_;
+  const WideScales scales_{{1, 2}};
 };
 
 // Sums differ in their last bits; where K or V lie that near to a rounding they are stored a step apart, so that

@@ -12,6 +12,7 @@
 #include "absl/strings/strip.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/client.h"
 #include "launch/resuming_stream.h"
 #include "tests/e2e/serving.h"
@@ -22,52 +23,6 @@ namespace {
 using ::testing::HasSubstr;
 
 constexpr char kPrompt[] = "Once upon a time";
-
-// Reads on its own thread, because only the thread that started a cluster may supervise it.
-class Reading {
- public:
-  Reading(rankwise::v1::Inference::Stub& stub, const GenerateRequest& request)
-      : stream_(stub, request, {.deadline = absl::Now() + kPatience}), thread_([this] {
-          for (rankwise::v1::GenerateResponse piece; stream_.Read(&piece);) {
-            ids_.insert(ids_.end(), piece.token_ids().begin(), piece.token_ids().end());
-            text_ += piece.text();
-            received_ = ids_.size();
-          }
-          status_ = stream_.Finish();
-          is_finished_ = true;
-        }) {}
-  ~Reading() {
-    if (thread_.joinable()) thread_.join();
-  }
-  size_t received() const { return received_; }
-  bool is_finished() const { return is_finished_; }
-  void ExpectSame(const Reply& reply) {
-    thread_.join();
-    EXPECT_TRUE(status_.ok()) << status_;
-    EXPECT_EQ(ids_, reply.ids);
-    EXPECT_EQ(text_, reply.text);
-  }
-  int resumes() const { return stream_.resumes(); }
-
- private:
-  launch::ResumingStream stream_;
-  std::vector<int32_t> ids_;
-  std::string text_;
-  absl::Status status_;
-  std::atomic<size_t> received_ = 0;
-  std::atomic<bool> is_finished_ = false;
-  std::thread thread_;
-};
-
-bool SuperviseUntil(launch::LocalCluster& cluster, const std::function<bool()>& condition) {
-  for (const absl::Time deadline = absl::Now() + kPatience; !condition();) {
-    if (absl::Now() > deadline) return false;
-    const absl::Status status = cluster.Supervise(absl::Now() + absl::Milliseconds(5));
-    EXPECT_TRUE(status.ok()) << status;
-    if (!status.ok()) return false;
-  }
-  return true;
-}
 
 // Other streams, so many that one alone does not end within milliseconds, from its creation to its end.
 class Company {
@@ -111,7 +66,7 @@ TEST_P(KilledCoordinator, ItsStreamsGoOn) {
   auto& stub = (*cluster)->stub();
   const Reply undisturbed = Generate(stub, request);
   ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
-  Reading reading(stub, request);
+  Stream reading(stub, request, {.is_resuming = true});
   int kills = 0;
   for (; kills < 2; ++kills) {
     const size_t before = reading.received();
@@ -123,8 +78,11 @@ TEST_P(KilledCoordinator, ItsStreamsGoOn) {
     ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return (*cluster)->failures() == kills + 1; }));
   }
   ASSERT_TRUE(SuperviseUntil(**cluster, [&] { return reading.is_finished(); }));
-  EXPECT_GE(reading.resumes(), kills);
-  reading.ExpectSame(undisturbed);
+  const Reply reply = reading.Join();
+  EXPECT_GE(reply.resumes, kills);
+  EXPECT_TRUE(reply.status.ok()) << reply.status;
+  EXPECT_EQ(reply.ids, undisturbed.ids);
+  EXPECT_EQ(reply.text, undisturbed.text);
   EXPECT_TRUE((*cluster)->Drain().ok());
 }
 
@@ -169,8 +127,8 @@ TEST(Drain, EndsWithinItsTimeWhateverIsLive) {
   std::filesystem::create_directories(folder);
   const std::string endpoint_file = folder + "/endpoint";
   auto serve = launch::ChildProcess::Start(
-      {.command = {launch::ProgramFolder() + "/rankwise", "serve", DemoModel(), "--tp", "2", "--kv", "f16", "--threads",
-                   "1", "--endpoint-file", endpoint_file, "--drain-timeout", "2"},
+      {.command = {ProgramFolder() + "/rankwise", "serve", DemoModel(), "--tp", "2", "--kv", "f16", "--threads", "1",
+                   "--endpoint-file", endpoint_file, "--drain-timeout", "2"},
        .environment = {absl::StrCat("HOME=", folder)},
        .log_path = folder + "/log"});
   ASSERT_TRUE(serve.ok()) << serve.status();
@@ -237,7 +195,7 @@ TEST(Credentials, AreAskedForByDefault) {
 TEST(GenerateCommand, GoesOnWhenTheCoordinatorComesBack) {
   const auto cluster = Serve({.tp = 2});
   ASSERT_TRUE(cluster.ok()) << cluster.status();
-  const std::vector<std::string> command = {launch::ProgramFolder() + "/rankwise",
+  const std::vector<std::string> command = {ProgramFolder() + "/rankwise",
                                             "generate",
                                             "--endpoint",
                                             (*cluster)->endpoint(),

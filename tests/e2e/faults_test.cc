@@ -17,6 +17,7 @@
 #include "absl/strings/strip.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/client.h"
 #include "proto/health.grpc.pb.h"
 #include "tests/e2e/serving.h"
@@ -27,55 +28,6 @@ namespace {
 using ::testing::HasSubstr;
 
 constexpr char kPrompt[] = "Once upon a time";
-
-// Streams on its own thread, because only the thread that started a cluster may supervise it.
-class Stream {
- public:
-  Stream(rankwise::v1::Inference::Stub& stub, GenerateRequest request)
-      : thread_([this, &stub, request = std::move(request)] {
-          reply_ = Generate(stub, request, {.should_cancel = [this](const Reply& reply) {
-                              received_ = reply.ids.size();
-                              return false;
-                            }});
-          is_finished_ = true;
-        }) {}
-  ~Stream() {
-    if (thread_.joinable()) thread_.join();
-  }
-  size_t received() const { return received_; }
-  bool is_finished() const { return is_finished_; }
-  Reply Join() {
-    thread_.join();
-    return reply_;
-  }
-
- private:
-  Reply reply_;
-  std::atomic<size_t> received_ = 0;
-  std::atomic<bool> is_finished_ = false;
-  std::thread thread_;
-};
-
-// Supervises until `condition`; false when that takes too long.
-bool SuperviseUntil(launch::LocalCluster& cluster, const std::function<bool()>& condition) {
-  for (const absl::Time deadline = absl::Now() + kPatience; !condition();) {
-    if (absl::Now() > deadline) return false;
-    const absl::Status status = cluster.Supervise(absl::Now() + absl::Milliseconds(5));
-    EXPECT_TRUE(status.ok()) << status;
-    if (!status.ok()) return false;
-  }
-  return true;
-}
-
-std::vector<int64_t> RankPids(rankwise::v1::Inference::Stub& stub) {
-  std::vector<int64_t> pids;
-  const auto load = Load(stub);
-  EXPECT_TRUE(load.ok()) << load.status();
-  if (load.ok())
-    for (const auto& group : load->groups())
-      for (const auto& rank : group.ranks()) pids.push_back(static_cast<int64_t>(rank.pid()));
-  return pids;
-}
 
 class KilledRank : public ::testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Replicas, KilledRank, ::testing::Values(1, 2));
@@ -294,8 +246,8 @@ class ServeCommand : public ::testing::Test {
     std::filesystem::create_directories(folder);
     const std::string endpoint_file = folder + "/endpoint";
     auto child = launch::ChildProcess::Start(
-        {.command = {launch::ProgramFolder() + "/rankwise", "serve", DemoModel(), "--tp", "2", "--kv", "f16",
-                     "--threads", "1", "--endpoint-file", endpoint_file, "--drain-timeout", "60"},
+        {.command = {ProgramFolder() + "/rankwise", "serve", DemoModel(), "--tp", "2", "--kv", "f16", "--threads", "1",
+                     "--endpoint-file", endpoint_file, "--drain-timeout", "60"},
          .environment = {absl::StrCat("XDG_RUNTIME_DIR=", folder), absl::StrCat("HOME=", ScratchFolder())},
          .log_path = folder + "/log"});
     ASSERT_TRUE(child.ok()) << child.status();

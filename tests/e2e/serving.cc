@@ -1,19 +1,25 @@
 #include "tests/e2e/serving.h"
 
 #include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/wait.h>
 
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "base/status_macros.h"
 #include "launch/client.h"
+#include "launch/resuming_stream.h"
 
 namespace rankwise::e2e {
 namespace {
@@ -79,20 +85,61 @@ absl::StatusOr<std::unique_ptr<launch::LocalCluster>> Serve(const ServingOptions
   return started;
 }
 
+namespace {
+
+void Add(const rankwise::v1::GenerateResponse& piece, Reply& reply) {
+  reply.has_gap = reply.has_gap || (piece.token_ids_size() > 0 && piece.token_offset() != reply.ids.size());
+  reply.ids.insert(reply.ids.end(), piece.token_ids().begin(), piece.token_ids().end());
+  reply.text += piece.text();
+  if (piece.has_finish()) reply.finish = piece.finish();
+}
+
+Reply GenerateResuming(rankwise::v1::Inference::Stub& stub, const GenerateRequest& request,
+                       const CallOptions& options) {
+  Reply reply;
+  launch::ResumingStream stream(stub, request, {.deadline = absl::Now() + options.deadline});
+  for (rankwise::v1::GenerateResponse piece; stream.Read(&piece);) {
+    Add(piece, reply);
+    if (options.should_cancel(reply)) stream.Cancel();
+  }
+  reply.status = stream.Finish();
+  reply.resumes = stream.resumes();
+  return reply;
+}
+
+}  // namespace
+
 Reply Generate(rankwise::v1::Inference::Stub& stub, const GenerateRequest& request, const CallOptions& options) {
+  if (options.is_resuming) return GenerateResuming(stub, request, options);
   Reply reply;
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options.deadline));
   const auto reader = stub.Generate(&context, request);
   for (rankwise::v1::GenerateResponse piece; reader->Read(&piece);) {
-    reply.has_gap = reply.has_gap || (piece.token_ids_size() > 0 && piece.token_offset() != reply.ids.size());
-    reply.ids.insert(reply.ids.end(), piece.token_ids().begin(), piece.token_ids().end());
-    reply.text += piece.text();
-    if (piece.has_finish()) reply.finish = piece.finish();
+    Add(piece, reply);
     if (options.should_cancel(reply)) context.TryCancel();
   }
   reply.status = launch::FromGrpc(reader->Finish());
   return reply;
+}
+
+Stream::Stream(rankwise::v1::Inference::Stub& stub, GenerateRequest request, CallOptions options)
+    : thread_([this, &stub, request = std::move(request), options = std::move(options)]() mutable {
+        options.should_cancel = [this, asked = std::move(options.should_cancel)](const Reply& reply) {
+          received_ = reply.ids.size();
+          return asked(reply);
+        };
+        reply_ = Generate(stub, request, options);
+        is_finished_ = true;
+      }) {}
+
+Stream::~Stream() {
+  if (thread_.joinable()) thread_.join();
+}
+
+Reply Stream::Join() {
+  thread_.join();
+  return reply_;
 }
 
 GenerateRequest Greedy(const std::string& text, uint32_t max_tokens) {
@@ -132,10 +179,40 @@ absl::Status WaitIdle(rankwise::v1::Inference::Stub& stub, absl::Duration patien
   }
 }
 
+bool SuperviseUntil(launch::LocalCluster& cluster, const std::function<bool()>& condition, absl::Duration patience) {
+  for (const absl::Time deadline = absl::Now() + patience; !condition();) {
+    if (absl::Now() > deadline) return false;
+    const absl::Status status = cluster.Supervise(absl::Now() + absl::Milliseconds(5));
+    EXPECT_TRUE(status.ok()) << status;
+    if (!status.ok()) return false;
+  }
+  return true;
+}
+
+std::vector<int64_t> RankPids(rankwise::v1::Inference::Stub& stub) {
+  std::vector<int64_t> pids;
+  const auto load = Load(stub);
+  EXPECT_TRUE(load.ok()) << load.status();
+  if (load.ok())
+    for (const auto& group : load->groups())
+      for (const auto& rank : group.ranks()) pids.push_back(static_cast<int64_t>(rank.pid()));
+  return pids;
+}
+
+Output Shell(const std::string& command) {
+  FILE* pipe = popen(absl::StrCat("{ ", command, "; } 2>&1").c_str(), "r");
+  std::string text;
+  char buffer[4096];
+  for (size_t n; (n = fread(buffer, 1, sizeof buffer, pipe)) > 0;) text.append(buffer, n);
+  const int status = pclose(pipe);
+  absl::StripTrailingAsciiWhitespace(&text);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, text};
+}
+
 absl::StatusOr<Ended> RunProgram(const std::string& name, const std::vector<std::string>& arguments) {
   static int count = 0;
   launch::ChildOptions options;
-  options.command = {absl::StrCat(launch::ProgramFolder(), "/", name)};
+  options.command = {absl::StrCat(ProgramFolder(), "/", name)};
   options.command.insert(options.command.end(), arguments.begin(), arguments.end());
   options.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"};
   options.log_path = absl::StrCat(ScratchFolder(), "/", name, "-", count++, ".log");

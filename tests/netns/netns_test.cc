@@ -27,32 +27,25 @@ namespace {
 constexpr absl::Duration kLongPatience = absl::Minutes(2);
 const std::string kHosts = RANKWISE_SOURCE_DIR "/tests/netns/hosts";
 
-int Shell(const std::string& command, std::string* output = nullptr) {
-  FILE* pipe = popen(absl::StrCat(command, " 2>&1").c_str(), "r");
-  std::string text;
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof buffer, pipe)) > 0;) text.append(buffer, n);
-  const int status = pclose(pipe);
-  if (output != nullptr) *output = text;
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
 class TwoHosts : public ::testing::Environment {
  public:
   void SetUp() override {
-    is_up_ = Shell(absl::StrCat(kHosts, " up ", name_), &why_not_) == 0;
+    const Output up = Shell(absl::StrCat(kHosts, " up ", name_));
+    is_up_ = up.code == 0;
+    why_not_ = up.text;
     if (!is_up_) return;
     setenv("RANKWISE_HOSTS", name_.c_str(), 1);
     // Before any other thread: they and all programs begin on the first host.
     const int fd = open(absl::StrCat("/run/netns/", name_, "-a").c_str(), O_RDONLY | O_CLOEXEC);
     is_up_ = fd >= 0 && setns(fd, CLONE_NEWNET) == 0;
     close(fd);
+    if (!is_up_) why_not_ = "cannot enter the first host's network";
   }
   void TearDown() override { Shell(absl::StrCat(kHosts, " down ", name_)); }
   bool is_up() const { return is_up_; }
   const std::string& why_not() const { return why_not_; }
-  void Cut() { EXPECT_EQ(Shell(absl::StrCat(kHosts, " cut ", name_)), 0); }
-  void Heal() { EXPECT_EQ(Shell(absl::StrCat(kHosts, " heal ", name_)), 0); }
+  void Cut() { EXPECT_EQ(Shell(absl::StrCat(kHosts, " cut ", name_)).code, 0); }
+  void Heal() { EXPECT_EQ(Shell(absl::StrCat(kHosts, " heal ", name_)).code, 0); }
 
  private:
   const std::string name_ = absl::StrCat("rw", getpid());
@@ -60,33 +53,6 @@ class TwoHosts : public ::testing::Environment {
   bool is_up_ = false;
 };
 TwoHosts& g_hosts = *static_cast<TwoHosts*>(::testing::AddGlobalTestEnvironment(new TwoHosts));
-
-class Stream {
- public:
-  Stream(rankwise::v1::Inference::Stub& stub, const GenerateRequest& request)
-      : thread_([this, &stub, request] {
-          reply_ = Generate(stub, request, {.deadline = kLongPatience, .should_cancel = [this](const Reply& reply) {
-                                              received_ = reply.ids.size();
-                                              return false;
-                                            }});
-          is_finished_ = true;
-        }) {}
-  ~Stream() {
-    if (thread_.joinable()) thread_.join();
-  }
-  size_t received() const { return received_; }
-  bool is_finished() const { return is_finished_; }
-  Reply Join() {
-    thread_.join();
-    return reply_;
-  }
-
- private:
-  Reply reply_;
-  std::atomic<size_t> received_ = 0;
-  std::atomic<bool> is_finished_ = false;
-  std::thread thread_;
-};
 
 class OverTwoHosts : public ::testing::Test {
  protected:
@@ -117,21 +83,7 @@ class OverTwoHosts : public ::testing::Test {
     ASSERT_TRUE(status.ok()) << status;
   }
   bool SuperviseUntil(const std::function<bool()>& condition, absl::Duration patience = kLongPatience) {
-    for (const absl::Time deadline = absl::Now() + patience; !condition();) {
-      if (absl::Now() > deadline) return false;
-      const absl::Status status = cluster_->Supervise(absl::Now() + absl::Milliseconds(5));
-      EXPECT_TRUE(status.ok()) << status;
-      if (!status.ok()) return false;
-    }
-    return true;
-  }
-  std::vector<int64_t> RankPids() {
-    std::vector<int64_t> pids;
-    const auto load = Load(cluster_->stub());
-    if (load.ok())
-      for (const auto& group : load->groups())
-        for (const auto& rank : group.ranks()) pids.push_back(static_cast<int64_t>(rank.pid()));
-    return pids;
+    return e2e::SuperviseUntil(*cluster_, condition, patience);
   }
   void ExpectTwoHostNames() {
     const auto load = Load(cluster_->stub());
@@ -153,9 +105,9 @@ TEST_F(OverTwoHosts, ACableCutInDecodeCostsNoToken) {
   ExpectTwoHostNames();
   const Reply undisturbed = Generate(cluster_->stub(), request_, {.deadline = kLongPatience});
   ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
-  Stream stream(cluster_->stub(), request_);
+  Stream stream(cluster_->stub(), request_, {.deadline = kLongPatience});
   ASSERT_TRUE(SuperviseUntil([&] { return stream.received() >= 20; }));
-  const std::vector<int64_t> pids = RankPids();
+  const std::vector<int64_t> pids = RankPids(cluster_->stub());
   ASSERT_EQ(pids.size(), 2u);
   g_hosts.Cut();
   const absl::Time cut = absl::Now();
@@ -186,7 +138,7 @@ TEST_F(OverTwoHosts, ABlipIsNotNoticed) {
   ExpectServing();
   const Reply undisturbed = Generate(cluster_->stub(), request_, {.deadline = kLongPatience});
   ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
-  Stream stream(cluster_->stub(), request_);
+  Stream stream(cluster_->stub(), request_, {.deadline = kLongPatience});
   ASSERT_TRUE(SuperviseUntil([&] { return stream.received() >= 20; }));
   g_hosts.Cut();
   ASSERT_TRUE(cluster_->Supervise(absl::Now() + absl::Milliseconds(300)).ok());
@@ -205,7 +157,7 @@ TEST_F(OverTwoHosts, ABlipIsNotNoticed) {
 TEST_F(OverTwoHosts, ACableCutWhileTheyStartIsSurvived) {
   Start();
   // The second host has its rank, and the two have not met yet or only just.
-  ASSERT_TRUE(SuperviseUntil([] { return Shell("pgrep -f 'rankwise-worker.*demo_model' >/dev/null") == 0; }));
+  ASSERT_TRUE(SuperviseUntil([] { return Shell("pgrep -f 'rankwise-worker.*demo_model' >/dev/null").code == 0; }));
   g_hosts.Cut();
   ASSERT_TRUE(cluster_->Supervise(absl::Now() + absl::Seconds(5)).ok());
   EXPECT_FALSE(IsServing());

@@ -21,6 +21,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/mapped_file.h"
+#include "base/program_folder.h"
 #include "launch/client.h"
 #include "nlohmann/json.hpp"
 #include "tests/e2e/serving.h"
@@ -35,21 +36,6 @@ using ::testing::UnorderedElementsAre;
 
 constexpr absl::Duration kJobPatience = absl::Minutes(5);
 const std::string kSource = RANKWISE_SOURCE_DIR;
-
-struct Output {
-  int code;
-  std::string text;  // of stdout and stderr
-};
-
-Output Shell(const std::string& command) {
-  FILE* pipe = popen(absl::StrCat("{ ", command, "; } 2>&1").c_str(), "r");
-  std::string text;
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof buffer, pipe)) > 0;) text.append(buffer, n);
-  const int status = pclose(pipe);
-  absl::StripTrailingAsciiWhitespace(&text);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, text};
-}
 
 bool WaitUntil(const std::function<bool()>& condition, absl::Duration patience = kJobPatience) {
   for (const absl::Time deadline = absl::Now() + patience; !condition();) {
@@ -69,7 +55,7 @@ class SlurmCluster : public ::testing::Environment {
     why_not_ = up.text;
     if (!is_up_) return;
     setenv("SLURM_CONF", up.text.c_str(), 1);
-    setenv("RANKWISE_BIN", launch::ProgramFolder().c_str(), 1);
+    setenv("RANKWISE_BIN", ProgramFolder().c_str(), 1);
     // Two ranks of two nodes share two CPUs here.
     setenv("OMPI_MCA_mpi_yield_when_idle", "1", 1);
   }
@@ -133,7 +119,7 @@ class Slurm : public ::testing::Test {
       int64_t pid = 0;
       if (!absl::SimpleAtoi(entry.path().filename().string(), &pid)) continue;
       const std::string program = ReadProc(pid, "cmdline");
-      if (!absl::StartsWith(program, launch::ProgramFolder()) || !IsRunning(pid)) continue;
+      if (!absl::StartsWith(program, ProgramFolder()) || !IsRunning(pid)) continue;
       const std::string environment = ReadProc(pid, "environ");
       if (!absl::StrContains(environment, std::string("SLURM_CONF=") + getenv("SLURM_CONF"))) continue;
       if (!absl::StrContains(environment, "SLURM_JOB_ID=" + job)) continue;
@@ -270,30 +256,6 @@ TEST_F(Slurm, BatchSaysWhatItCannotRun) {
   EXPECT_THAT(JobLog(no_tp), HasSubstr("refused its configuration"));
 }
 
-class Stream {
- public:
-  Stream(rankwise::v1::Inference::Stub& stub, const GenerateRequest& request)
-      : thread_([this, &stub, request] {
-          reply_ = Generate(stub, request, {.deadline = kJobPatience, .should_cancel = [this](const Reply& reply) {
-                                              received_ = reply.ids.size();
-                                              return false;
-                                            }});
-        }) {}
-  ~Stream() {
-    if (thread_.joinable()) thread_.join();
-  }
-  size_t received() const { return received_; }
-  Reply Join() {
-    thread_.join();
-    return reply_;
-  }
-
- private:
-  Reply reply_;
-  std::atomic<size_t> received_ = 0;
-  std::thread thread_;
-};
-
 TEST_F(Slurm, ServeLosesAStepAndNoTokenAndDrainsWhenTold) {
   const std::string job = Submit("-N 2 --ntasks-per-node=2 --gres=gpu:2 -t 10", "serve.sbatch",
                                  absl::StrCat("--model ", DemoModel(), " --tp 2 --replicas 2 --listen-host 127.0.0.1"));
@@ -326,7 +288,8 @@ TEST_F(Slurm, ServeLosesAStepAndNoTokenAndDrainsWhenTold) {
   ASSERT_TRUE(undisturbed.status.ok()) << undisturbed.status;
   {
     std::vector<std::unique_ptr<Stream>> streams;
-    for (int i = 0; i < 4; ++i) streams.push_back(std::make_unique<Stream>(*stub, request));
+    for (int i = 0; i < 4; ++i)
+      streams.push_back(std::make_unique<Stream>(*stub, request, CallOptions{.deadline = kJobPatience}));
     ASSERT_TRUE(WaitUntil([&] {
       return std::all_of(streams.begin(), streams.end(), [](const auto& s) { return s->received() >= 20; });
     }));
@@ -344,7 +307,7 @@ TEST_F(Slurm, ServeLosesAStepAndNoTokenAndDrainsWhenTold) {
   EXPECT_TRUE(is_serving(2)) << JobLog(job);  // by a new step
   EXPECT_THAT(JobLog(job), HasSubstr("ended with code"));
 
-  Stream last(*stub, request);
+  Stream last(*stub, request, {.deadline = kJobPatience});
   ASSERT_TRUE(WaitUntil([&] { return last.received() >= 20; }));
   ASSERT_EQ(Shell("scancel --batch --signal=TERM " + job).code, 0);
   EXPECT_EQ(last.Join().ids, undisturbed.ids);
