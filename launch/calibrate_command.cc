@@ -28,6 +28,7 @@
 #include "launch/progress_bar.h"
 #include "worker/kv/kv_scales.h"
 #include "worker/weights/checkpoint.h"
+#include "worker/weights/input_statistics.h"
 
 namespace rankwise::launch {
 namespace {
@@ -190,7 +191,9 @@ absl::Status Calibrate(const CalibrateFlags& flags) {
   std::filesystem::create_directories(flags.work_folder, error);
   if (error) return absl::InvalidArgumentError(absl::StrCat("--work-dir ", flags.work_folder, ": ", error.message()));
   const std::string path = absl::StrCat(flags.work_folder, "/", kv::KvStatistics::kFileName);
-  std::filesystem::remove(path, error);  // so that what is there at the end is this run's
+  // So that what is there at the end is this run's.
+  std::filesystem::remove(path, error);
+  std::filesystem::remove(absl::StrCat(flags.work_folder, "/", weights::InputStatistics::kFileName), error);
 
   RW_ASSIGN_OR_RETURN(const ClusterOptions options, ObservingCluster(flags, windows));
   RW_ASSIGN_OR_RETURN(const auto cluster, LocalCluster::Start(options));

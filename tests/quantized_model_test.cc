@@ -186,18 +186,13 @@ TEST_F(QuantizedModel, IsCloseToItsSource) {
 
 // Statistics in which one input channel of 37 carries a thousand times the others' square.
 weights::InputStatistics OutlierStatistics(const weights::Checkpoint& checkpoint) {
-  const weights::ModelConfig& config = checkpoint.config();
-  const auto spread = [](int64_t size) {
-    std::vector<float> mean_square(size, 1.0f);
-    for (int64_t i = 5; i < size; i += 37) mean_square[i] = 1000.0f;
-    return mean_square;
-  };
-  return {.model_fingerprint = checkpoint.fingerprint(),
-          .layers = {static_cast<size_t>(config.n_layers),
-                     weights::InputMeanSquares{.qkv = spread(config.hidden_size),
-                                               .o = spread(int64_t{config.n_heads} * config.head_dim),
-                                               .gate_up = spread(config.hidden_size),
-                                               .down = spread(config.intermediate_size)}}};
+  weights::InputStatistics statistics = weights::EmptyInputStatistics(checkpoint.config(), checkpoint.fingerprint());
+  for (weights::InputMeanSquares& layer : statistics.layers) {
+    for (auto* mean_square : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      for (size_t i = 0; i < mean_square->size(); ++i) (*mean_square)[i] = i % 37 == 5 ? 1000.0f : 1.0f;
+    }
+  }
+  return statistics;
 }
 
 TEST_F(QuantizedModel, StatisticsMakeWhatInputsCarryCheaper) {

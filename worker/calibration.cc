@@ -92,25 +92,14 @@ kv::KvStatistics EmptyStatistics(const engine::Rank& rank, const SampleInfo& sam
           .v_histogram = counts};
 }
 
-weights::InputStatistics EmptyInputs(const engine::Rank& rank) {
-  const weights::ModelConfig& config = rank.decoder->config();
-  const std::vector<float> hidden(config.hidden_size);
-  return {.model_fingerprint = rank.checkpoint->fingerprint(),
-          .layers = {
-              static_cast<size_t>(config.n_layers),
-              weights::InputMeanSquares{.qkv = hidden,
-                                        .o = std::vector<float>(static_cast<size_t>(config.n_heads) * config.head_dim),
-                                        .gate_up = hidden,
-                                        .down = std::vector<float>(config.intermediate_size)}}};
-}
-
 }  // namespace
 
 absl::Status WriteObservations(const engine::Rank& rank, comm::Communicator& communicator, const std::string& folder,
                                const SampleInfo& samples, absl::Duration timeout) {
   const model::Decoder& decoder = *rank.decoder;
-  const int64_t rows = decoder.input_observations().front().rows;
-  Gathered gathered{.kv = EmptyStatistics(rank, samples), .inputs = EmptyInputs(rank)};
+  const int64_t rows = decoder.observed_rows();
+  Gathered gathered{.kv = EmptyStatistics(rank, samples),
+                    .inputs = weights::EmptyInputStatistics(decoder.config(), rank.checkpoint->fingerprint())};
   absl::Status written;
   if (rows == 0) written = absl::FailedPreconditionError("no token was seen, so there is nothing to write");
   for (int layer = 0; layer < gathered.kv.n_layers; ++layer) {  // a message each: all would pass its limit

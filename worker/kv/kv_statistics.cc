@@ -65,11 +65,6 @@ absl::Status CheckHistograms(const KvStatistics& s) {
   return absl::OkStatus();
 }
 
-std::string Metadata(const weights::SafetensorsFile& file, const char* key) {
-  const auto found = file.metadata().find(key);
-  return found == file.metadata().end() ? std::string() : found->second;
-}
-
 // The tensor [n_layers, n_kv_heads, last_dim] of the statistics' shape, in `values`.
 template <typename T>
 absl::Status ReadTensor(const weights::SafetensorsFile& file, const std::string& name, const char* dtype,
@@ -101,9 +96,9 @@ absl::Status ReadTensors(const weights::SafetensorsFile& file, KvStatistics& s) 
   RW_RETURN_IF_ERROR(ReadTensor(file, "value.min", "F32", shape, s.v_min));
   RW_RETURN_IF_ERROR(ReadTensor(file, "value.max", "F32", shape, s.v_max));
   if (!file.tensors().contains("key.histogram") && !file.tensors().contains("value.histogram")) return absl::OkStatus();
-  if (Metadata(file, "histogram") != Binning()) {
+  if (file.Metadata("histogram") != Binning()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("its histogram is \"", Metadata(file, "histogram"), "\"; this build reads \"", Binning(), "\""));
+        absl::StrCat("its histogram is \"", file.Metadata("histogram"), "\"; this build reads \"", Binning(), "\""));
   }
   const std::vector<int64_t> bins = {shape[0], shape[1], kHistogramBins};
   RW_RETURN_IF_ERROR(ReadTensor(file, "key.histogram", "U64", bins, s.k_histogram));
@@ -189,13 +184,13 @@ absl::Status WriteKvStatistics(const std::string& path, const KvStatistics& stat
 
 absl::StatusOr<KvStatistics> ReadKvStatistics(const std::string& path) {
   RW_ASSIGN_OR_RETURN(const weights::SafetensorsFile file, weights::SafetensorsFile::Open(path));
-  if (Metadata(file, "format") != kFormat) {
+  if (file.Metadata("format") != kFormat) {
     return absl::InvalidArgumentError(absl::StrCat(path, " is not a KV statistics file"));
   }
-  KvStatistics statistics{.model_fingerprint = Metadata(file, "model"), .dataset = Metadata(file, "dataset")};
-  if (!absl::SimpleAtoi(Metadata(file, "samples"), &statistics.sample_count)) statistics.sample_count = 0;
-  if (!absl::SimpleAtoi(Metadata(file, "sample_tokens"), &statistics.sample_tokens)) statistics.sample_tokens = 0;
-  if (!absl::SimpleAtoi(Metadata(file, "seed"), &statistics.seed)) statistics.seed = 0;
+  KvStatistics statistics{.model_fingerprint = file.Metadata("model"), .dataset = file.Metadata("dataset")};
+  if (!absl::SimpleAtoi(file.Metadata("samples"), &statistics.sample_count)) statistics.sample_count = 0;
+  if (!absl::SimpleAtoi(file.Metadata("sample_tokens"), &statistics.sample_tokens)) statistics.sample_tokens = 0;
+  if (!absl::SimpleAtoi(file.Metadata("seed"), &statistics.seed)) statistics.seed = 0;
   absl::Status status = ReadTensors(file, statistics);
   if (status.ok()) status = CheckStatistics(statistics);
   if (!status.ok()) return absl::Status(status.code(), absl::StrCat(path, ": ", std::string(status.message())));

@@ -201,6 +201,7 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
   RW_RETURN_IF_ERROR(backend_.RmsNorm(normed_.get(), x_.get(), layers_.front().attention_norm.get(),
                                       config_.hidden_size, config_.rms_norm_eps));
   for (int i = 0; i < config_.n_layers; ++i) RW_RETURN_IF_ERROR(RunLayer(i, rows.row_count()));
+  observed_rows_ += rows.row_count();
   return EmitLogits(logit_rows, sink);
 }
 
@@ -213,29 +214,29 @@ absl::Status Decoder::RunLayer(int index, int32_t row_count) {
   kernels::KvObservation* observation = observations_.empty() ? nullptr : &observations_[index];
   const float* next_norm = index + 1 < config_.n_layers ? layers_[index + 1].attention_norm.get() : final_norm_.get();
 
-  RW_RETURN_IF_ERROR(Observe(normed_.get(), row_count, &InputObservation::qkv, index));
+  RW_RETURN_IF_ERROR(Observe(normed_.get(), row_count, index, &InputObservation::qkv));
   RW_RETURN_IF_ERROR(backend_.MatMul(qkv_.get(), normed_.get(), row_count, *layer.qkv, layer.qkv_bias.get()));
   RW_RETURN_IF_ERROR(backend_.RopeAppend(qkv_.get(), shape, rope_, layer.q_norm.get(), layer.k_norm.get(), eps,
                                          *kv_pool_, index, observation));
   RW_RETURN_IF_ERROR(backend_.Attention(attended_.get(), qkv_.get(), shape, *kv_pool_, index));
-  RW_RETURN_IF_ERROR(Observe(attended_.get(), row_count, &InputObservation::o, index));
+  RW_RETURN_IF_ERROR(Observe(attended_.get(), row_count, index, &InputObservation::o));
   RW_RETURN_IF_ERROR(backend_.MatMul(delta_.get(), attended_.get(), row_count, *layer.wo, nullptr));
   RW_RETURN_IF_ERROR(ReduceDelta(row_count));
   RW_RETURN_IF_ERROR(backend_.AddRmsNorm(normed_.get(), x_.get(), delta_.get(), layer.wo_bias.get(),
                                          layer.mlp_norm.get(), config_.hidden_size, eps));
-  RW_RETURN_IF_ERROR(Observe(normed_.get(), row_count, &InputObservation::gate_up, index));
+  RW_RETURN_IF_ERROR(Observe(normed_.get(), row_count, index, &InputObservation::gate_up));
   RW_RETURN_IF_ERROR(
       backend_.MatMul(gate_up_.get(), normed_.get(), row_count, *layer.gate_up, layer.gate_up_bias.get()));
   RW_RETURN_IF_ERROR(backend_.SiluMul(activated_.get(), gate_up_.get(), plan_.intermediate.count()));
-  RW_RETURN_IF_ERROR(Observe(activated_.get(), row_count, &InputObservation::down, index));
+  RW_RETURN_IF_ERROR(Observe(activated_.get(), row_count, index, &InputObservation::down));
   RW_RETURN_IF_ERROR(backend_.MatMul(delta_.get(), activated_.get(), row_count, *layer.w2, nullptr));
   RW_RETURN_IF_ERROR(ReduceDelta(row_count));
   return backend_.AddRmsNorm(normed_.get(), x_.get(), delta_.get(), layer.w2_bias.get(), next_norm, config_.hidden_size,
                              eps);
 }
 
-absl::Status Decoder::Observe(const float* x, int32_t row_count, std::vector<double> InputObservation::*sums,
-                              int layer) {
+absl::Status Decoder::Observe(const float* x, int32_t row_count, int layer,
+                              std::vector<double> InputObservation::*sums) {
   if (input_observations_.empty()) return absl::OkStatus();
   std::vector<double>& sum = input_observations_[layer].*sums;
   std::vector<float> host(row_count * sum.size());
@@ -245,7 +246,6 @@ absl::Status Decoder::Observe(const float* x, int32_t row_count, std::vector<dou
     const float* from = &host[row * sum.size()];
     for (size_t i = 0; i < sum.size(); ++i) sum[i] += static_cast<double>(from[i]) * from[i];
   }
-  if (sums == &InputObservation::down) input_observations_[layer].rows += row_count;
   return absl::OkStatus();
 }
 

@@ -28,7 +28,6 @@ struct DecoderOptions {
 // Sums of squares, since the start, of what the linear layers of one decoder layer read on this rank, per channel:
 // [hidden], [heads_local * head_dim], [hidden], [intermediate_local].
 struct InputObservation {
-  int64_t rows = 0;
   std::vector<double> qkv, o, gate_up, down;
 };
 
@@ -59,6 +58,7 @@ class Decoder {
   // Per layer; empty unless observes.
   const std::vector<kernels::KvObservation>& observations() const { return observations_; }
   const std::vector<InputObservation>& input_observations() const { return input_observations_; }
+  int64_t observed_rows() const { return observed_rows_; }
   int64_t weight_bytes() const;   // packed matrices of this rank: what a decode step reads besides KV
   int64_t multiply_adds() const;  // per row, this rank, without attention and without the output matrix
   int64_t output_multiply_adds() const;
@@ -77,7 +77,8 @@ class Decoder {
   absl::StatusOr<kernels::Backend::Floats> Upload(const std::vector<float>& host);
   absl::Status RunLayer(int index, int32_t row_count);
   absl::Status ReduceDelta(int32_t row_count);
-  absl::Status Observe(const float* x, int32_t row_count, std::vector<double> InputObservation::*sums, int layer);
+  // Adds the squares of x [row_count, sums.size()]; nothing unless observes.
+  absl::Status Observe(const float* x, int32_t row_count, int layer, std::vector<double> InputObservation::*sums);
   absl::Status EmitLogits(std::span<const int32_t> logit_rows, const LogitsSink& sink);
 
   const weights::ModelConfig config_;
@@ -95,6 +96,7 @@ class Decoder {
   std::unique_ptr<kernels::KvPool> kv_pool_;
   std::vector<kernels::KvObservation> observations_;
   std::vector<InputObservation> input_observations_;
+  int64_t observed_rows_ = 0;
 
   // Activations, [max_rows, …]: x the residual stream, normed the input of the next matmul, delta its contribution to
   // x.

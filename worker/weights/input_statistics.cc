@@ -29,6 +29,15 @@ absl::Status ForInputs(Layer& layer, Body&& body) {
 
 }  // namespace
 
+InputStatistics EmptyInputStatistics(const ModelConfig& config, const std::string& model_fingerprint) {
+  const std::vector<float> hidden(config.hidden_size);
+  const InputMeanSquares layer{.qkv = hidden,
+                               .o = std::vector<float>(static_cast<size_t>(config.n_heads) * config.head_dim),
+                               .gate_up = hidden,
+                               .down = std::vector<float>(config.intermediate_size)};
+  return {.model_fingerprint = model_fingerprint, .layers = {static_cast<size_t>(config.n_layers), layer}};
+}
+
 absl::Status WriteInputStatistics(const std::string& path, const InputStatistics& statistics) {
   std::vector<TensorHeader> headers;
   std::string data;
@@ -45,28 +54,19 @@ absl::Status WriteInputStatistics(const std::string& path, const InputStatistics
 
 absl::StatusOr<InputStatistics> ReadInputStatistics(const std::string& path, const ModelConfig& config) {
   RW_ASSIGN_OR_RETURN(const SafetensorsFile file, SafetensorsFile::Open(path));
-  const auto metadata = [&](const char* key) {
-    const auto found = file.metadata().find(key);
-    return found == file.metadata().end() ? std::string() : found->second;
-  };
-  if (metadata("format") != kFormat) {
+  if (file.Metadata("format") != kFormat) {
     return absl::InvalidArgumentError(absl::StrCat(path, " is not an input statistics file"));
   }
-  const int64_t hidden = config.hidden_size;
-  InputStatistics statistics{.model_fingerprint = metadata("model")};
-  statistics.layers.resize(config.n_layers);
+  InputStatistics statistics = EmptyInputStatistics(config, file.Metadata("model"));
   for (int i = 0; i < config.n_layers; ++i) {
     const auto read = [&](const char* input, std::vector<float>& values) -> absl::Status {
       const std::string name = Name(i, input);
-      const int64_t size = input == std::string("o")      ? int64_t{config.n_heads} * config.head_dim
-                           : input == std::string("down") ? config.intermediate_size
-                                                          : hidden;
+      const auto size = static_cast<int64_t>(values.size());
       const auto found = file.tensors().find(name);
       if (found == file.tensors().end() || found->second.dtype != "F32" ||
           found->second.shape != std::vector<int64_t>{size}) {
         return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " is not a F32 tensor [", size, "]"));
       }
-      values.resize(size);
       std::memcpy(values.data(), found->second.data, size * sizeof(float));
       for (const float value : values) {
         if (!(value >= 0) || !std::isfinite(value)) {

@@ -22,6 +22,9 @@ struct InputStatistics {
   std::vector<InputMeanSquares> layers;
 };
 
+// Zeros, in the shapes of a model's layers.
+InputStatistics EmptyInputStatistics(const ModelConfig& config, const std::string& model_fingerprint);
+
 // One safetensors file: layers.{layer}.{qkv,o,gate_up,down}.mean_square, F32.
 absl::Status WriteInputStatistics(const std::string& path, const InputStatistics& statistics);
 // Not trusted: InvalidArgument where shapes are not those of `config`, or a value is negative or not finite.

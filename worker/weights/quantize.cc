@@ -97,7 +97,7 @@ absl::Status CheckShapes(const std::vector<NamedTensor>& tensors, const Quantize
 }
 
 // A vector times its scales, in its own dtype.
-std::vector<std::byte> ScaledVector(const MatrixView& view, const TensorScaling& scaling) {
+absl::StatusOr<std::vector<std::byte>> ScaledVector(const MatrixView& view, const TensorScaling& scaling) {
   const int64_t size = kernels::DTypeBytes(view.dtype);
   std::vector<std::byte> bytes(view.rows * size);
   for (int64_t i = 0; i < view.rows; ++i) {
@@ -106,6 +106,11 @@ std::vector<std::byte> ScaledVector(const MatrixView& view, const TensorScaling&
       std::memcpy(&bytes[i * size], &value, size);
     } else {
       const uint16_t word = RoundTo16(value, view.dtype);
+      const uint16_t exponent = view.dtype == kernels::DType::kBF16 ? 0x7F80 : 0x7C00;
+      if ((word & exponent) == exponent) {
+        return absl::OutOfRangeError(
+            absl::StrCat("scaled by activations has a value that ", kernels::DTypeName(view.dtype), " cannot hold"));
+      }
       std::memcpy(&bytes[i * size], &word, size);
     }
   }
@@ -121,7 +126,8 @@ absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const Scaling
   for (const NamedTensor& tensor : tensors) {
     const MatrixView& view = tensor.view;
     const auto scaled = scalings.find(tensor.name);
-    const TensorScaling scaling = scaled == scalings.end() ? TensorScaling() : scaled->second;
+    static const TensorScaling kNone;
+    const TensorScaling& scaling = scaled == scalings.end() ? kNone : scaled->second;
     if (tensor.is_linear) {
       const absl::StatusOr<GroupedWords> words = QuantizeMatrix(view, scaling, options);
       if (!words.ok()) {
@@ -131,8 +137,13 @@ absl::Status WriteTensors(const std::vector<NamedTensor>& tensors, const Scaling
       WriteAll(file, words->qweight);
       WriteAll(file, words->qzeros);
       WriteAll(file, words->scales);
-    } else if (tensor.is_vector) {
-      WriteAll(file, ScaledVector(view, scaling));
+    } else if (!scaling.rows.empty()) {
+      const absl::StatusOr<std::vector<std::byte>> bytes = ScaledVector(view, scaling);
+      if (!bytes.ok()) {
+        return absl::Status(bytes.status().code(),
+                            absl::StrCat(tensor.name, " ", std::string(bytes.status().message())));
+      }
+      WriteAll(file, *bytes);
     } else {
       file.write(reinterpret_cast<const char*>(view.data), view.rows * view.cols * kernels::DTypeBytes(view.dtype));
     }

@@ -94,6 +94,11 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
   return file;
 }
 
+std::string SafetensorsFile::Metadata(const std::string& key) const {
+  const auto found = metadata_.find(key);
+  return found == metadata_.end() ? std::string() : found->second;
+}
+
 absl::Status SafetensorsFile::Parse() {
   const std::span<const std::byte> bytes = file_.bytes();
   uint64_t header_bytes = 0;

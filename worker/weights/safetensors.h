@@ -28,7 +28,8 @@ class SafetensorsFile {
 
   const std::string& path() const { return file_.path(); }
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  // Empty when the file says nothing of it.
+  std::string Metadata(const std::string& key) const;
 
  private:
   explicit SafetensorsFile(MappedFile file) : file_(std::move(file)) {}

@@ -8,6 +8,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "base/check.h"
 #include "base/digest.h"
 #include "base/mapped_file.h"
@@ -83,7 +84,7 @@ class WorkspaceCheckpoint : public Checkpoint {
     for (const std::string& name : FilesOf(plan)) {
       if (manifest_) RW_RETURN_IF_ERROR(CheckDigest(name));
       if (!absl::EndsWith(name, kScalesZeros)) continue;
-      const absl::Status sound = CheckScalesZeros(Int4(name.substr(0, name.size() - sizeof(kScalesZeros) + 1)));
+      const absl::Status sound = CheckScalesZeros(Int4(std::string(absl::StripSuffix(name, kScalesZeros))));
       if (!sound.ok()) return Refuse(name, absl::StrCat("is none of layout 0.2: ", std::string(sound.message())));
     }
     return absl::OkStatus();
