@@ -30,10 +30,9 @@ absl::StatusOr<Compared> ParseStarted(const std::string& entry, std::string name
   const std::pair<std::string, std::string> parts = absl::StrSplit(value, absl::MaxSplits(':', 1));
   Compared compared{.name = std::move(name), .kv = parts.first};
   if (compared.name.empty() || compared.name == "kv") compared.name = compared.kv;
-  if (const auto choice = kv::ParseKvChoice(compared.kv); !choice.ok()) {
-    return Refuse(entry, std::string(choice.status().message()));
-  }
-  if (!kv::NeedsScales(compared.kv)) {
+  const auto choice = kv::ParseKvChoice(compared.kv);
+  if (!choice.ok()) return Refuse(entry, std::string(choice.status().message()));
+  if (!choice->granularity.has_value()) {
     if (!parts.second.empty()) return Refuse(entry, absl::StrCat(compared.kv, " has no scales"));
     return compared;
   }

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "base/status_macros.h"
+#include "worker/comm/exchange.h"
 #include "worker/kv/kv_choice.h"
 #include "worker/kv/kv_scales.h"
 
@@ -18,16 +19,12 @@ constexpr int64_t kDefaultKvBytes = int64_t{2} << 30;
 
 // Collective: the smallest of the ranks' numbers.
 absl::StatusOr<int64_t> AgreeOnMinimum(int64_t own, comm::Communicator& communicator, absl::Duration timeout) {
-  std::vector<std::string> all;
-  RW_RETURN_IF_ERROR(communicator.GatherMessages(absl::StrCat(own), all, timeout));
-  std::string least = absl::StrCat(own);
+  RW_ASSIGN_OR_RETURN(const std::vector<std::string> all, comm::Exchange(absl::StrCat(own), communicator, timeout));
   for (const std::string& text : all) {
     int64_t value = 0;
     if (!absl::SimpleAtoi(text, &value)) return absl::DataLossError(absl::StrCat("not a number: ", text));
-    if (value < own) least = text, own = value;
+    own = std::min(own, value);
   }
-  RW_RETURN_IF_ERROR(communicator.Broadcast(least, timeout));
-  if (!absl::SimpleAtoi(least, &own)) return absl::DataLossError(absl::StrCat("not a number: ", least));
   return own;
 }
 

@@ -16,8 +16,8 @@ namespace rankwise::engine {
 
 struct RankOptions {
   std::string model_dir;
-  std::string
-      kv;  // a name of kv::KvNames; empty: int8 for a workspace whose config.ini says quant_policy = 4, else f16
+  // A name of kv::KvNames; empty: int8 for a workspace whose config.ini says quant_policy = 4, else f16.
+  std::string kv;
   std::string kv_scales_dir;    // what kv::NeedsScales; empty: a workspace's own
   int64_t kv_memory_bytes = 0;  // per rank; 0: what max_running sequences of max_tokens need, at most 2 GiB
   // Prompt + generated of one sequence; 0: the model's context, at most 16384. Dynamic NTK serves up to factor × that
@@ -28,7 +28,8 @@ struct RankOptions {
   int32_t max_chunk_rows = 512;
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
-  bool observes = false;  // calibration: K and V ranges are kept; needs kv f32 and no prefix cache
+  // Calibration: statistics of K, V and the inputs of linear layers are kept; needs kv f32 and no prefix cache.
+  bool observes = false;
   absl::Duration collective_timeout = absl::Seconds(60);
 };
 

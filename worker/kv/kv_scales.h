@@ -42,6 +42,10 @@ struct MeasuredLoss {
 // FailedPrecondition when the folder has no manifest, or one of another id.
 absl::Status RecordMeasurement(const std::string& folder, const std::string& manifest_id, const MeasuredLoss& loss);
 
+struct ScaleShape {
+  int n_layers = 0, n_kv_heads = 0, head_dim = 0;  // of the model
+};
+
 struct RankScales {
   std::string manifest_id;
   std::vector<kernels::KvChannelScales> scales;  // [n_layers, n_kv_heads_local, head_dim]
@@ -52,9 +56,6 @@ struct RankScales {
 // manifest's id: FailedPrecondition / NotFound naming the file and saying which command writes it. Without a manifest
 // (files LMDeploy wrote) only kRank can be read, files for more ranks than serve are refused, and the id is that of the
 // files' content.
-struct ScaleShape {
-  int n_layers = 0, n_kv_heads = 0, head_dim = 0;  // of the model
-};
 absl::StatusOr<RankScales> ReadKvScales(const std::string& folder, const std::string& model_fingerprint,
                                         const ScaleShape& shape, const shard::ShardPlan& plan, Granularity granularity);
 
