@@ -441,19 +441,7 @@ cudaError_t LaunchFormat(const AttentionTask& task, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t Attention(const AttentionTask& task, KvElement format, cudaStream_t stream) {
-  switch (format) {
-    case KvElement::kF32:
-      return LaunchFormat<KvElement::kF32>(task, stream);
-    case KvElement::kF16:
-      return LaunchFormat<KvElement::kF16>(task, stream);
-    case KvElement::kInt8:
-      return LaunchFormat<KvElement::kInt8>(task, stream);
-    case KvElement::kInt8Online:
-      return LaunchFormat<KvElement::kInt8Online>(task, stream);
-    case KvElement::kInt4Online:
-      return LaunchFormat<KvElement::kInt4Online>(task, stream);
-  }
-  return cudaErrorInvalidValue;
+  return WithFormat(format, [&](auto constant) { return LaunchFormat<constant()>(task, stream); });
 }
 
 }  // namespace rankwise::kernels::cuda

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/kernels.h"
 
@@ -21,6 +22,24 @@ constexpr int BitsOf(KvElement format) {
 constexpr bool IsOnline(KvElement format) {
   return format == KvElement::kInt8Online || format == KvElement::kInt4Online;
 }
+// body(std::integral_constant of `format`), which names a kernel's instantiation.
+template <typename Body>
+cudaError_t WithFormat(KvElement format, Body&& body) {
+  switch (format) {
+    case KvElement::kF32:
+      return body(std::integral_constant<KvElement, KvElement::kF32>());
+    case KvElement::kF16:
+      return body(std::integral_constant<KvElement, KvElement::kF16>());
+    case KvElement::kInt8:
+      return body(std::integral_constant<KvElement, KvElement::kInt8>());
+    case KvElement::kInt8Online:
+      return body(std::integral_constant<KvElement, KvElement::kInt8Online>());
+    case KvElement::kInt4Online:
+      return body(std::integral_constant<KvElement, KvElement::kInt4Online>());
+  }
+  return cudaErrorInvalidValue;
+}
+
 constexpr int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // K [tokens, head_dim rounded up to 16]; a row's padding is zero. Where a value begins, in bits.

@@ -206,19 +206,7 @@ cudaError_t LaunchFormat(const RopeAppendTask& task, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t RopeAppend(const RopeAppendTask& task, KvElement format, cudaStream_t stream) {
-  switch (format) {
-    case KvElement::kF32:
-      return LaunchFormat<KvElement::kF32>(task, stream);
-    case KvElement::kF16:
-      return LaunchFormat<KvElement::kF16>(task, stream);
-    case KvElement::kInt8:
-      return LaunchFormat<KvElement::kInt8>(task, stream);
-    case KvElement::kInt8Online:
-      return LaunchFormat<KvElement::kInt8Online>(task, stream);
-    case KvElement::kInt4Online:
-      return LaunchFormat<KvElement::kInt4Online>(task, stream);
-  }
-  return cudaErrorInvalidValue;
+  return WithFormat(format, [&](auto constant) { return LaunchFormat<constant()>(task, stream); });
 }
 
 }  // namespace rankwise::kernels::cuda
