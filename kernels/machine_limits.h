@@ -8,12 +8,12 @@ namespace rankwise::kernels {
 
 // What this machine can do at best, as a ceiling for every measured number.
 struct MachineLimits {
-  double read_bytes_per_second = 0;  // reading 256 MiB, far beyond any cache
-  double fma_flops_per_second = 0;   // independent f32 fma chains in registers; an fma counts as two
+  double read_bytes_per_second = 0;
+  double fma_flops_per_second = 0;  // an fma counts as two
 };
 
-// Medians over about a second with `threads` threads (0: the CPUs this process may run on). Zeros where the CPU has no
-// AVX2.
+// Of this host: reading 256 MiB, far beyond any cache, and independent f32 fma chains in registers. Medians over about
+// a second with `threads` threads (0: the CPUs this process may run on). Zeros where the CPU has no AVX2.
 MachineLimits MeasureMachineLimits(int threads);
 
 // Of GPU `gpu`: the bytes read and written per second by a copy of 2 GiB within it, and the rate of a bf16 matmul

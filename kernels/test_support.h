@@ -14,7 +14,7 @@
 namespace rankwise::kernels {
 
 // What the suites are run on, by name. kernels/test_backends.cc offers the instruction sets of the CPU backend that
-// this machine can run, tests/cuda_emulation/test_backends.cc the CUDA backend on the emulator.
+// this machine can run, tests/gpu/test_backends.cc the CUDA backend, on a GPU or on the emulator.
 std::vector<std::string> InstructionSets();
 std::vector<std::string> BackendNames();  // and "reference"
 std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads = 1);

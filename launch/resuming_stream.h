@@ -27,7 +27,7 @@ struct ResumeOptions {
 };
 
 // A Generate call that goes on where it was when its connection, or the coordinator, is lost: each token comes once and
-// in order. The request gets an id and, unless it is greedy, a seed when it has none. One thread.
+// in order. The request gets an id and a seed when it has none. One thread.
 class ResumingStream {
  public:
   static constexpr absl::Duration kLongestPause = absl::Seconds(2);

@@ -121,8 +121,11 @@ void PrintReady(LocalCluster& cluster, const ClusterOptions& options) {
                status.ok() ? model.model_name() : options.model, cluster.endpoint(), options.tp, options.replicas,
                options.replicas == 1 ? "" : "s", status.ok() ? model.kv_format() : "?",
                status.ok() ? model.backend() : "?");
-  if (options.has_tokens)
-    absl::PrintF("rankwise: other users need its token: %s\n", HomeTokenFileOf(cluster.endpoint()));
+  if (options.has_tokens) {
+    const std::string in_home = HomeTokenFileOf(cluster.endpoint());
+    const bool is_there = access(in_home.c_str(), R_OK) == 0;
+    absl::PrintF("rankwise: other users need its token: %s\n", is_there ? in_home : cluster.token_file());
+  }
   std::fflush(stdout);
 }
 

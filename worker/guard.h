@@ -13,14 +13,15 @@ namespace rankwise {
 // Ends with this process.
 class Guard {
  public:
-  // Forks: call it before there is a thread. `rank` is for its words.
+  // Forks: call it before there is a thread. An error of the system, when it cannot.
   static absl::StatusOr<std::unique_ptr<Guard>> Start(absl::Duration patience);
   ~Guard();
 
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
-  // This process lives. The first one arms the guard, a leaving one disarms it. Never blocks. One thread.
+  // This process lives; `rank` is for the guard's words. The first one arms the guard, a leaving one disarms it. Never
+  // blocks. One thread.
   void Take(int rank, const comm::Beat& beat) const;
 
  private:

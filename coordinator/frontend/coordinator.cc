@@ -39,8 +39,8 @@ absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<g
   builder.AddListeningPort(address, wire::ServerCredentials(credentials), &port);
   // Else a second coordinator at the same address would take half of the connections.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  // Groups ping every 10 s. Our own pings find the process that is stopped and the host that is gone within 10 s, also
-  // in the middle of a group's long step.
+  // Groups ping every 10 s. Our own pings find the client that is stopped and the host that is gone within 10 s;
+  // groups have heartbeats too.
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 5'000);

@@ -6,7 +6,8 @@
 
 namespace rankwise::frontend {
 
-// The codes are the same numbers. A retry delay (cluster::SetRetryDelay) becomes a google.rpc.RetryInfo in the details.
+// The codes are the same numbers. A retry delay (cluster::WithRetryDelay) becomes a google.rpc.RetryInfo in the
+// details.
 grpc::Status ToGrpc(const absl::Status& status);
 
 }  // namespace rankwise::frontend
