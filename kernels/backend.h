@@ -183,6 +183,8 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks,
                                                              const SumTree& tree) = 0;
 
+  // Memory of one block for all layers, K and V, as a pool of this backend lays it out: padding included.
+  virtual int64_t KvBlockBytes(const KvShape& shape) const = 0;
   virtual absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) = 0;
   // scales [n_layers, n_kv_heads_local, head_dim]. Requires an int8 pool; call before the first append.
   virtual absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) = 0;

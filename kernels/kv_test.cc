@@ -222,6 +222,19 @@ TEST(KvPoolTest, OnlineFormatsCostFourBytesPerVector) {
   }
 }
 
+TEST(KvPoolTest, BlocksAreAsLargeAsTheBackendSays) {
+  for (KvFormat format : kFormats) {
+    for (const std::string& name : BackendNames()) {
+      const auto backend = MakeBackend(name);
+      for (const int head_dim : {2, 8, 10, 16, 40, 48, 80, 128}) {
+        const KvShape shape{.n_layers = 3, .n_kv_heads_local = 2, .head_dim = head_dim, .format = format};
+        EXPECT_EQ((*backend->CreateKvPool(shape, 5))->bytes(), 5 * backend->KvBlockBytes(shape))
+            << name << ", head_dim " << head_dim;
+      }
+    }
+  }
+}
+
 TEST(KvHistogramTest, BinsCoverAllFloatsInOrder) {
   EXPECT_EQ(HistogramBin(0.0f), kHistogramHalf);
   EXPECT_EQ(HistogramBin(-0.0f), kHistogramHalf);

@@ -5,8 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cpu/cpu_kv_pool.h"
 #include "kernels/cpu/isa_kernels.h"
-#include "worker/model/decoder.h"
 #include "worker/shard/shard_plan.h"
 
 namespace rankwise::launch {
@@ -84,10 +84,10 @@ int64_t CommunicationBytes(const ModelConfig& config, const MemoryOptions& optio
 }
 
 absl::StatusOr<int64_t> KvBytes(const ModelConfig& config, const shard::ShardPlan& plan, const MemoryOptions& options) {
-  const int64_t block_bytes = model::KvBlockBytes({.n_layers = config.n_layers,
-                                                   .n_kv_heads_local = static_cast<int>(plan.kv_heads.count()),
-                                                   .head_dim = config.head_dim,
-                                                   .format = options.kv_format});
+  const int64_t block_bytes = kernels::CpuKvBlockBytes({.n_layers = config.n_layers,
+                                                        .n_kv_heads_local = static_cast<int>(plan.kv_heads.count()),
+                                                        .head_dim = config.head_dim,
+                                                        .format = options.kv_format});
   const int64_t blocks = options.batch * BlocksPerSequence(options.sequence_tokens);
   if (blocks > INT32_MAX || static_cast<double>(blocks) * static_cast<double>(block_bytes) > kBytesMost) {
     return absl::InvalidArgumentError(absl::StrCat("batch=", options.batch, " of ", options.sequence_tokens,

@@ -10,7 +10,6 @@
 #include "worker/comm/communicator.h"
 #include "worker/engine/rank.h"
 #include "worker/kv/kv_choice.h"
-#include "worker/model/decoder.h"
 #include "worker/scheduler/block_ledger.h"
 #include "worker/weights/random_model.h"
 
@@ -99,20 +98,6 @@ TEST(MemoryPlanTest, KvComesInWholeBlocks) {
   options.sequence_tokens = 32;
   EXPECT_EQ(PlanMemory(Llama7b(), options, 0)->kv, two_blocks);
   EXPECT_EQ(two_blocks, int64_t{3} * 32 * 524288);
-}
-
-TEST(MemoryPlanTest, KvIsWhatThePoolAllocates) {
-  const auto backend = kernels::CreateCpuBackend({.threads = 1, .pin_threads = false});
-  ASSERT_TRUE(backend.ok());
-  for (const char* kv : {"f32", "f16", "int8"}) {
-    for (const int head_dim : {2, 8, 10, 16, 40, 48, 80, 128}) {
-      const kernels::KvShape shape{
-          .n_layers = 3, .n_kv_heads_local = 2, .head_dim = head_dim, .format = kv::ParseKvChoice(kv)->format};
-      const auto pool = (*backend)->CreateKvPool(shape, 5);
-      ASSERT_TRUE(pool.ok()) << pool.status();
-      EXPECT_EQ((*pool)->bytes(), 5 * model::KvBlockBytes(shape)) << kv << ", head_dim " << head_dim;
-    }
-  }
 }
 
 TEST(MemoryPlanTest, TheLargestBatchFitsAndOneMoreDoesNot) {

@@ -32,7 +32,7 @@ absl::Status CpuBackend::RopeAppend(float* qkv, const AttentionShape& shape, con
                       .n_heads = shape.n_heads_local,
                       .n_kv_heads = shape.n_kv_heads_local,
                       .head_dim = shape.head_dim,
-                      .padded_dim = kv.padded_dim(),
+                      .padded_dim = kv.block().padded_dim,
                       .rotary_dim = rope.rotary_dim,
                       .cos = rope.cos.data(),
                       .sin = rope.sin.data(),
@@ -60,8 +60,8 @@ absl::Status CpuBackend::RopeAppend(float* qkv, const AttentionShape& shape, con
     const int64_t begin = item / heads * piece, end = std::min(begin + piece, rows);
     int64_t saturated = 0;
     for (int64_t row = begin == 0 ? 0 : block_begin(begin); row < block_begin(end); ++row) {
-      std::byte* block = kv.Head(layer, head) + step_.block(row) * kv.block_bytes();
-      const KvSlot slot{block, block + kv.v_offset(), step_.slot(row), kv.scales(layer, head),
+      std::byte* block = kv.Head(layer, head) + step_.block(row) * kv.block().bytes;
+      const KvSlot slot{block, block + kv.block().v_offset, step_.slot(row), kv.scales(layer, head),
                         &kv.Online(layer, head, step_.block(row))};
       saturated += append(task, row, step_.position(row), head, slot);
       if (observation) {
@@ -110,9 +110,9 @@ AttentionTile CpuBackend::TileOf(const RowTile& rows, const CpuKvPool& pool, int
           .first_position = step_.position(rows.row_begin),
           .block_table = step_.rows().block_table[rows.segment].data(),
           .blocks = reinterpret_cast<const char*>(pool.Head(layer, head)),
-          .block_bytes = pool.block_bytes(),
-          .v_offset = pool.v_offset(),
-          .online_offset = pool.online_offset(),
+          .block_bytes = pool.block().bytes,
+          .v_offset = pool.block().v_offset,
+          .online_offset = pool.block().online_offset,
           .kv_head = head,
           .scales = pool.scales(layer, head)};
 }
@@ -129,7 +129,7 @@ absl::Status CpuBackend::Attention(float* out, const float* qkv, const Attention
                            .qkv_stride = width + 2 * int64_t{shape.n_kv_heads_local} * shape.head_dim,
                            .group = shape.n_heads_local / shape.n_kv_heads_local,
                            .head_dim = shape.head_dim,
-                           .padded_dim = kv.padded_dim(),
+                           .padded_dim = kv.block().padded_dim,
                            .score_scale = shape.score_scale,
                            .sliding_window = shape.sliding_window};
   BuildTiles(task, shape.n_kv_heads_local);

@@ -28,6 +28,7 @@ class CpuBackend : public Backend {
   absl::Status CopyToHost(const float* device, std::span<float> host) override;
   absl::Status CopyToDevice(std::span<const float> host, float* device) override;
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override;
+  int64_t KvBlockBytes(const KvShape& shape) const override { return CpuKvBlockBytes(shape); }
   absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override;
   absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) override;
 

@@ -28,18 +28,25 @@ int64_t ElementsBytes(KvFormat format, int64_t count) {
 
 }  // namespace
 
+CpuKvBlock::CpuKvBlock(const KvShape& shape)
+    : padded_dim(static_cast<int32_t>(RoundUp(shape.head_dim, 16))),
+      v_offset(RoundUp(ElementsBytes(shape.format, int64_t{shape.head_dim} * kKvBlockTokens), 64)),
+      online_offset(v_offset + RoundUp(ElementsBytes(shape.format, int64_t{padded_dim} * kKvBlockTokens), 64)),
+      bytes(online_offset + (IsOnline(shape.format) ? int64_t{sizeof(OnlineBlock)} : 0)) {}
+
+int64_t CpuKvBlockBytes(const KvShape& shape) {
+  return int64_t{shape.n_layers} * shape.n_kv_heads_local * CpuKvBlock(shape).bytes;
+}
+
 CpuKvPool::CpuKvPool(const KvShape& shape, int32_t block_count)
     : shape_(shape),
       block_count_(block_count),
-      padded_dim_(static_cast<int32_t>(RoundUp(shape.head_dim, 16))),
-      v_offset_(RoundUp(ElementsBytes(shape.format, int64_t{shape.head_dim} * kKvBlockTokens), 64)),
-      online_offset_(v_offset_ + RoundUp(ElementsBytes(shape.format, int64_t{padded_dim_} * kKvBlockTokens), 64)),
-      block_bytes_(online_offset_ + (IsOnline(shape.format) ? int64_t{sizeof(OnlineBlock)} : 0)),
+      block_(shape),
       scales_(shape.format == KvFormat::kInt8
-                  ? static_cast<size_t>(shape.n_layers) * shape.n_kv_heads_local * 4 * padded_dim_
+                  ? static_cast<size_t>(shape.n_layers) * shape.n_kv_heads_local * 4 * block_.padded_dim
                   : 0),
       saturated_(new std::atomic<int64_t>[shape.n_layers]()) {
-  for (size_t i = 0; i < scales_.size(); ++i) scales_[i] = i / padded_dim_ % 2 == 0 ? 1.0f : 0.0f;
+  for (size_t i = 0; i < scales_.size(); ++i) scales_[i] = i / block_.padded_dim % 2 == 0 ? 1.0f : 0.0f;
 }
 
 absl::StatusOr<std::unique_ptr<CpuKvPool>> CpuKvPool::Create(const KvShape& shape, int32_t block_count,
@@ -57,18 +64,18 @@ absl::StatusOr<std::unique_ptr<CpuKvPool>> CpuKvPool::Create(const KvShape& shap
 
 HeadScales CpuKvPool::scales(int layer, int head) const {
   if (scales_.empty()) return {};
-  const float* first = scales_.data() + (int64_t{layer} * shape_.n_kv_heads_local + head) * 4 * padded_dim_;
-  return {first, first + padded_dim_, first + 2 * padded_dim_, first + 3 * padded_dim_};
+  const float* first = scales_.data() + (int64_t{layer} * shape_.n_kv_heads_local + head) * 4 * block_.padded_dim;
+  return {first, first + block_.padded_dim, first + 2 * block_.padded_dim, first + 3 * block_.padded_dim};
 }
 
 void CpuKvPool::set_scales(std::span<const KvChannelScales> scales) {
   const int64_t heads = int64_t{shape_.n_layers} * shape_.n_kv_heads_local;
   for (int64_t i = 0; i < heads * shape_.head_dim; ++i) {
-    float* channel = scales_.data() + i / shape_.head_dim * 4 * padded_dim_ + i % shape_.head_dim;
+    float* channel = scales_.data() + i / shape_.head_dim * 4 * block_.padded_dim + i % shape_.head_dim;
     channel[0] = scales[i].k_scale;
-    channel[padded_dim_] = scales[i].k_zero_point;
-    channel[2 * padded_dim_] = scales[i].v_scale;
-    channel[3 * padded_dim_] = scales[i].v_zero_point;
+    channel[block_.padded_dim] = scales[i].k_zero_point;
+    channel[2 * block_.padded_dim] = scales[i].v_scale;
+    channel[3 * block_.padded_dim] = scales[i].v_zero_point;
   }
 }
 
@@ -97,10 +104,10 @@ std::vector<std::byte> CpuKvPool::BlockBytes(int layer, int32_t block) const {
   };
   for (bool is_v : {false, true}) {
     for (int head = 0; head < shape_.n_kv_heads_local; ++head) {
-      const std::byte* tile = Head(layer, head) + block * block_bytes_ + (is_v ? v_offset_ : 0);
+      const std::byte* tile = Head(layer, head) + block * block_.bytes + (is_v ? block_.v_offset : 0);
       for (int64_t token = 0; token < kKvBlockTokens; ++token) {
         for (int64_t dim = 0; dim < shape_.head_dim; ++dim) {
-          append(tile, is_v ? token * padded_dim_ + dim : dim * kKvBlockTokens + token);
+          append(tile, is_v ? token * block_.padded_dim + dim : dim * kKvBlockTokens + token);
         }
       }
     }

@@ -13,9 +13,17 @@
 
 namespace rankwise::kernels {
 
-// Memory [layer][head][block]{K [head_dim, 16], V [16, padded_dim], OnlineBlock in online formats}, each tile padded to
-// 64 bytes. A token's K is a
-// column, so that one load holds a dim of sixteen tokens; blocks that follow each other are read as one stream.
+// One block of one KV head: {K [head_dim, 16], V [16, padded_dim], OnlineBlock in online formats}, each tile padded to
+// 64 bytes. A token's K is a column, so that one load holds a dim of sixteen tokens.
+struct CpuKvBlock {
+  explicit CpuKvBlock(const KvShape& shape);
+
+  int32_t padded_dim;  // dim rounded up to whole vectors, the row length of V
+  int64_t v_offset, online_offset, bytes;
+};
+int64_t CpuKvBlockBytes(const KvShape& shape);  // of all layers and heads
+
+// Memory [layer][head][block]: blocks that follow each other are read as one stream.
 class CpuKvPool : public KvPool {
  public:
   // Zeroes every block with the team, so that no step pays for a first touch.
@@ -27,17 +35,13 @@ class CpuKvPool : public KvPool {
   std::vector<int64_t> SaturatedCounts() const override;
   std::vector<std::byte> BlockBytes(int layer, int32_t block) const override;
 
-  // dim rounded up to whole vectors, the row length of V.
-  int32_t padded_dim() const { return padded_dim_; }
-  int64_t block_bytes() const { return block_bytes_; }
-  int64_t v_offset() const { return v_offset_; }
+  const CpuKvBlock& block() const { return block_; }
   // Block 0 of one layer and head.
   std::byte* Head(int layer, int head) const {
     return memory_.get() + (int64_t{layer} * shape_.n_kv_heads_local + head) * head_bytes();
   }
-  int64_t online_offset() const { return online_offset_; }
   OnlineBlock& Online(int layer, int head, int32_t block) const {
-    return *reinterpret_cast<OnlineBlock*>(Head(layer, head) + block * block_bytes_ + online_offset_);
+    return *reinterpret_cast<OnlineBlock*>(Head(layer, head) + block * block_.bytes + block_.online_offset);
   }
   HeadScales scales(int layer, int head) const;
   void set_scales(std::span<const KvChannelScales> scales);  // [n_layers, n_kv_heads_local, head_dim]
@@ -46,13 +50,11 @@ class CpuKvPool : public KvPool {
 
  private:
   CpuKvPool(const KvShape& shape, int32_t block_count);
-  int64_t head_bytes() const { return block_count_ * block_bytes_; }
+  int64_t head_bytes() const { return block_count_ * block_.bytes; }
 
   const KvShape shape_;
   const int32_t block_count_;
-  const int32_t padded_dim_;
-  const int64_t v_offset_, online_offset_;
-  const int64_t block_bytes_;
+  const CpuKvBlock block_;
   std::vector<float> scales_;                          // [n_layers, n_kv_heads_local]{HeadScales, one after the other}
   std::unique_ptr<std::atomic<int64_t>[]> saturated_;  // [n_layers]
   Memory memory_;

@@ -15,6 +15,7 @@
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/kv_layout.h"
 #include "kernels/kv_histogram.h"
 #include "kernels/preconditions.h"
 
@@ -62,6 +63,10 @@ class CudaBackend : public Backend {
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
     RW_RETURN_IF_ERROR(Use());
     return CudaMatrix::Create(blocks, tree, team_, stream());
+  }
+  int64_t KvBlockBytes(const KvShape& shape) const override {
+    return int64_t{shape.n_layers} * shape.n_kv_heads_local *
+           cuda::KvBlockBytes(static_cast<cuda::KvElement>(shape.format), shape.head_dim);
   }
   absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override {
     RW_RETURN_IF_ERROR(Use());

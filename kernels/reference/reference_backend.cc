@@ -182,6 +182,10 @@ class ReferenceBackend : public Backend {
     RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
     return std::make_unique<ReferenceMatrix>(shape, blocks);
   }
+  int64_t KvBlockBytes(const KvShape& shape) const override {
+    return int64_t{shape.n_layers} * shape.n_kv_heads_local * kKvBlockTokens * 2 *
+           KvVectorBytes(shape.format, shape.head_dim);
+  }
   absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override {
     RW_RETURN_IF_ERROR(CheckKvShape(shape, block_count));
     return std::make_unique<ReferenceKvPool>(shape, block_count);

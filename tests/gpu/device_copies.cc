@@ -54,6 +54,7 @@ class DeviceCopies : public Backend {
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
     return device_->Pack(blocks, tree);
   }
+  int64_t KvBlockBytes(const KvShape& shape) const override { return device_->KvBlockBytes(shape); }
   absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) override {
     return device_->CreateKvPool(shape, block_count);
   }

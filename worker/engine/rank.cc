@@ -43,7 +43,8 @@ struct Prepared {
   std::string kv_scales_id;
 };
 
-absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communicator& communicator) {
+absl::StatusOr<Prepared> Prepare(const RankOptions& options, const kernels::Backend& backend,
+                                 const comm::Communicator& communicator) {
   Prepared prepared;
   RW_ASSIGN_OR_RETURN(prepared.checkpoint, weights::Checkpoint::Open(options.model_dir));
   const weights::ModelConfig& config = prepared.checkpoint->config();
@@ -92,7 +93,7 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const comm::Communi
                                .n_kv_heads_local = static_cast<int>(prepared.plan.kv_heads.count()),
                                .head_dim = config.head_dim,
                                .format = kv.format};
-  const int64_t block_bytes = model::KvBlockBytes(shape);
+  const int64_t block_bytes = backend.KvBlockBytes(shape);
   const int64_t blocks_per_sequence = (decoder.max_positions + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
   int64_t blocks = blocks_per_sequence * options.max_running;
   blocks = options.kv_memory_bytes > 0 ? options.kv_memory_bytes / block_bytes
@@ -129,7 +130,7 @@ absl::Status AgreeOnStatus(const absl::Status& own, comm::Communicator& communic
 
 absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& backend, comm::Communicator& communicator) {
   const absl::Duration timeout = options.collective_timeout;
-  absl::StatusOr<Prepared> prepared = Prepare(options, communicator);
+  absl::StatusOr<Prepared> prepared = Prepare(options, backend, communicator);
   RW_RETURN_IF_ERROR(AgreeOnStatus(prepared.status(), communicator, timeout));
   RW_ASSIGN_OR_RETURN(const int64_t blocks, AgreeOnMinimum(prepared->decoder.block_count, communicator, timeout));
   prepared->decoder.block_count = static_cast<int32_t>(blocks);

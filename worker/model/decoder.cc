@@ -23,21 +23,6 @@ kernels::SumTree OneChunk(int64_t n_in) { return {.boundaries = {0, n_in}}; }
 
 }  // namespace
 
-// K [head_dim, tokens] and V [tokens, head_dim in whole vectors] of a head, in whole cache lines each, and the ranges
-// of online formats.
-int64_t KvBlockBytes(const kernels::KvShape& shape) {
-  constexpr int64_t kVector = 16, kLine = 64;
-  const auto round_up = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
-  const int64_t parameters =
-      kernels::IsOnline(shape.format) ? kernels::kKvBlockTokens * kernels::KvVectorBytes(shape.format, 0) : 0;
-  const auto tile_bytes = [&](int64_t dim) {
-    return round_up(kernels::kKvBlockTokens * kernels::KvVectorBytes(shape.format, dim) - parameters, kLine) +
-           parameters;
-  };
-  return int64_t{shape.n_layers} * shape.n_kv_heads_local *
-         (tile_bytes(shape.head_dim) + tile_bytes(round_up(shape.head_dim, kVector)));
-}
-
 Decoder::Decoder(const weights::ModelConfig& config, const shard::ShardPlan& plan, Backend& backend,
                  comm::Communicator& communicator, const DecoderOptions& options)
     : config_(config),

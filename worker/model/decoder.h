@@ -31,9 +31,6 @@ struct InputObservation {
   std::vector<double> qkv, o, gate_up, down;
 };
 
-// Bytes of one block of the paged cache on this rank: all layers, K and V.
-int64_t KvBlockBytes(const kernels::KvShape& shape);
-
 // One rank's slice of a decoder: token rows in, logits out. One class for every family: weights::ModelConfig says what
 // differs. Forward is collective over the group's ranks: all call it with the same rows. One thread calls it.
 class Decoder {
