@@ -56,11 +56,23 @@ std::string GroupTable(const GetLoadResponse& load) {
 }
 
 std::string RankTable(const GetLoadResponse& load) {
-  std::string table = absl::StrFormat("%5s %5s %-24s %8s %12s %12s\n", "group", "rank", "host", "pid", "weights", "kv");
-  for (const auto& g : load.groups())
-    for (const auto& r : g.ranks())
-      absl::StrAppendFormat(&table, "%5d %5d %-24s %8d %12s %12s\n", g.group(), r.rank(), r.host(), r.pid(),
+  std::string table = absl::StrFormat("%5s %5s %-24s %8s %12s %12s %11s %8s %6s\n", "group", "rank", "host", "pid",
+                                      "weights", "kv", "compute ms", "wait ms", "skew");
+  for (const auto& g : load.groups()) {
+    double mean = 0;
+    for (const auto& r : g.ranks()) mean += r.step_compute_seconds() / g.ranks_size();
+    for (const auto& r : g.ranks()) {
+      absl::StrAppendFormat(&table, "%5d %5d %-24s %8d %12s %12s", g.group(), r.rank(), r.host(), r.pid(),
                             Mebibytes(r.weight_bytes()), Mebibytes(r.kv_bytes()));
+      if (r.recent_steps() > 0 && mean > 0) {
+        absl::StrAppendFormat(&table, " %11.3f %8.3f %+5.0f%%", r.step_compute_seconds() * 1e3,
+                              r.step_collective_seconds() * 1e3, (r.step_compute_seconds() / mean - 1) * 100);
+      } else {
+        absl::StrAppendFormat(&table, " %11s %8s %6s", "-", "-", "-");
+      }
+      table += "\n";
+    }
+  }
   return table;
 }
 

@@ -20,7 +20,8 @@ std::string CacheLine(const rankwise::v1::GetModelInfoResponse& model, const ran
 std::string RequestsLine(const rankwise::v1::GetLoadResponse& load);
 // A line for each group, with totals since its start.
 std::string GroupTable(const rankwise::v1::GetLoadResponse& load);
-// A line for each rank.
+// A line for each rank: what it holds, and of its latest steps how long it computed, how long it waited in collectives,
+// and by how much its computing is off the group's mean.
 std::string RankTable(const rankwise::v1::GetLoadResponse& load);
 // Values that the cache could not hold; empty when calibration was wide enough.
 std::string SaturationLines(const rankwise::v1::GetLoadResponse& load);

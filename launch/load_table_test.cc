@@ -81,6 +81,21 @@ TEST(Tables, NameWhatIsThere) {
   EXPECT_THAT(SaturationLines(load), Not(HasSubstr("layer 0")));
 }
 
+TEST(RankTable, ShowsWhoKeepsTheOthersWaiting) {
+  GetLoadResponse load;
+  GroupLoad& group = AddGroup(load, 0, 1, 5, 6);
+  for (const double compute : {0.002, 0.006}) {
+    auto& rank = *group.add_ranks();
+    rank.set_recent_steps(10);
+    rank.set_step_compute_seconds(compute);
+    rank.set_step_collective_seconds(0.007 - compute);
+  }
+  EXPECT_THAT(RankTable(load), HasSubstr("2.000    5.000   -50%"));
+  EXPECT_THAT(RankTable(load), HasSubstr("6.000    1.000   +50%"));
+  group.mutable_ranks(1)->set_recent_steps(0);
+  EXPECT_THAT(RankTable(load), Not(HasSubstr("+50%")));
+}
+
 TEST(CacheLine, ComparesWithF16) {
   GetLoadResponse load;
   GroupLoad& group = AddGroup(load, 0, 1, 0, 0);

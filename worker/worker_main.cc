@@ -134,7 +134,7 @@ absl::StatusOr<std::string> CoordinatorAddress(const Flags& flags) {
   return text;
 }
 
-rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank) {
+rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank, const comm::StepTimes& times) {
   rankwise::v1::RankLoad load;
   load.set_rank(rank.decoder->plan().rank);
   char host[256] = {};
@@ -149,6 +149,12 @@ rankwise::v1::RankLoad OwnLoad(const engine::Rank& rank) {
     saturated += count;
   }
   load.set_saturated_values(saturated);
+  load.set_recent_steps(times.steps);
+  if (times.steps > 0) {
+    const std::chrono::duration<double> compute = times.compute, collective = times.collective;
+    load.set_step_compute_seconds(compute.count() / static_cast<double>(times.steps));
+    load.set_step_collective_seconds(collective.count() / static_cast<double>(times.steps));
+  }
   return load;
 }
 
@@ -241,12 +247,12 @@ int Run(Flags& flags) {
   }
   comm::MpiSession& mpi = **session;
   comm::Activity activity;
-  auto host = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
-  if (!host.ok()) {
-    spdlog::error("{}", std::string(host.status().message()));
+  auto unwatched = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
+  if (!unwatched.ok()) {
+    spdlog::error("{}", std::string(unwatched.status().message()));
     mpi.Abort(kExitFailure);
   }
-  *host = std::make_unique<comm::WatchedCommunicator>(*std::move(host), &activity);
+  comm::WatchedCommunicator host(*std::move(unwatched), &activity);
   std::unique_ptr<comm::MpiHeartbeat> heartbeat;
   if (guard) {
     auto started = StartHeartbeat(mpi, activity, *guard, patience);
@@ -264,18 +270,18 @@ int Run(Flags& flags) {
   std::string address;
   wire::Credentials credentials;
   const absl::Time begin = absl::Now();
-  const bool is_lead = (*host)->rank() == 0;
-  if (const absl::Status loaded = Load(flags, **host, device, rank, address, credentials); !loaded.ok()) {
+  const bool is_lead = host.rank() == 0;
+  if (const absl::Status loaded = Load(flags, host, device, rank, address, credentials); !loaded.ok()) {
     if (is_lead) spdlog::error("cannot serve {}: {}", flags.rank.model_dir, std::string(loaded.message()));
     return kExitConfiguration;
   }
-  comm::Communicator& communicator = device.communicator(**host);
+  comm::Communicator& communicator = device.communicator(host);
   if (is_lead) {
     spdlog::info("{} ready in {:.1f} s: {}, {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
                  absl::ToDoubleSeconds(absl::Now() - begin), device.backend->Description(), communicator.Description(),
                  rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
   }
-  const std::function<std::string()> report = [&rank] { return OwnLoad(rank).SerializeAsString(); };
+  const std::function<std::string()> report = [&] { return OwnLoad(rank, host.TakeStepTimes()).SerializeAsString(); };
   absl::Status ended = is_lead ? Lead(flags, credentials, rank, *device.backend, communicator, address, report)
                                : engine::Follow(*rank.executor, communicator, flags.rank.collective_timeout, report);
   if (ended.ok() && !flags.observe_dir.empty()) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -28,6 +29,14 @@ struct Activity {
   ActivitySnapshot Snapshot() const { return {step, calls, collective}; }
 };
 
+// Where the time of steps went. A rank that computes longer than the others makes them wait in their collectives. A
+// device's sums are waited for as a whole, with what it computes before them.
+struct StepTimes {
+  uint64_t steps = 0;                      // that summed or gathered something
+  std::chrono::nanoseconds compute{0};     // before and between AllReduceSum and Gather
+  std::chrono::nanoseconds collective{0};  // in them
+};
+
 // Another communicator that tells in `activity`, which must outlive it, what it does.
 class WatchedCommunicator final : public Communicator {
  public:
@@ -39,51 +48,75 @@ class WatchedCommunicator final : public Communicator {
   std::string Description() const override { return inner_->Description(); }
   void EnterStep(uint64_t step) override {
     activity_->step.store(step, std::memory_order_relaxed);
+    step_is_new_ = true;
+    left_ = Clock::now();
     inner_->EnterStep(step);
   }
 
+  // Of the steps since the last call of this. The thread that calls the communicator.
+  StepTimes TakeStepTimes() { return std::exchange(times_, {}); }
+
   absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) override {
-    const Stay stay(activity_, Collective::kAllReduceSum);
+    const Stay stay(*this, Collective::kAllReduceSum);
     return inner_->AllReduceSum(values, timeout);
   }
   absl::Status Wait(absl::Duration timeout) override {
-    const Stay stay(activity_, Collective::kAllReduceSum);
+    const Stay stay(*this, Collective::kAllReduceSum);
     return inner_->Wait(timeout);
   }
   absl::Status Gather(std::span<const float> part, std::span<const int64_t> part_counts, std::span<float> all,
                       absl::Duration timeout) override {
-    const Stay stay(activity_, Collective::kGather);
+    const Stay stay(*this, Collective::kGather);
     return inner_->Gather(part, part_counts, all, timeout);
   }
   absl::Status Broadcast(std::string& message, absl::Duration timeout) override {
-    const Stay stay(activity_, Collective::kBroadcast);
+    const Stay stay(*this, Collective::kBroadcast);
     return inner_->Broadcast(message, timeout);
   }
   absl::Status GatherMessages(const std::string& message, std::vector<std::string>& messages,
                               absl::Duration timeout) override {
-    const Stay stay(activity_, Collective::kGatherMessages);
+    const Stay stay(*this, Collective::kGatherMessages);
     return inner_->GatherMessages(message, messages, timeout);
   }
   absl::Status Barrier(absl::Duration timeout) override {
-    const Stay stay(activity_, Collective::kBarrier);
+    const Stay stay(*this, Collective::kBarrier);
     return inner_->Barrier(timeout);
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   class Stay {
    public:
-    Stay(Activity* activity, Collective collective) : activity_(activity) {
-      activity_->calls.fetch_add(1, std::memory_order_relaxed);
-      activity_->collective.store(collective, std::memory_order_relaxed);
+    Stay(WatchedCommunicator& watched, Collective collective)
+        : watched_(watched),
+          is_timed_(collective == Collective::kAllReduceSum || collective == Collective::kGather),
+          begun_(Clock::now()) {
+      Activity& activity = *watched_.activity_;
+      activity.calls.fetch_add(1, std::memory_order_relaxed);
+      activity.collective.store(collective, std::memory_order_relaxed);
+      if (!is_timed_) return;
+      if (std::exchange(watched_.step_is_new_, false)) ++watched_.times_.steps;
+      watched_.times_.compute += begun_ - watched_.left_;
     }
-    ~Stay() { activity_->collective.store(Collective::kNone, std::memory_order_relaxed); }
+    ~Stay() {
+      watched_.activity_->collective.store(Collective::kNone, std::memory_order_relaxed);
+      if (!is_timed_) return;
+      watched_.left_ = Clock::now();
+      watched_.times_.collective += watched_.left_ - begun_;
+    }
 
    private:
-    Activity* activity_;
+    WatchedCommunicator& watched_;
+    const bool is_timed_;
+    const Clock::time_point begun_;
   };
 
   const std::unique_ptr<Communicator> inner_;
   Activity* const activity_;
+  StepTimes times_;
+  bool step_is_new_ = true;
+  Clock::time_point left_ = Clock::now();  // the step's latest collective, or its beginning
 };
 
 }  // namespace rankwise::comm

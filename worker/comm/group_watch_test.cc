@@ -94,5 +94,36 @@ TEST(WatchedCommunicatorTest, TellsWhereItWaits) {
   EXPECT_EQ(activity.Snapshot().collective, Collective::kNone);
 }
 
+TEST(WatchedCommunicatorTest, TimesWhatAStepComputesAndWaits) {
+  constexpr auto kWork = std::chrono::milliseconds(40);
+  auto ranks = CreateThreadCommunicators(2);
+  Activity activities[2];
+  StepTimes times[2];
+  const auto run = [&](int rank) {
+    WatchedCommunicator watched(std::move(ranks[rank]), &activities[rank]);
+    for (uint64_t step = 0; step < 3; ++step) {
+      std::string plan = "plan";
+      ASSERT_TRUE(watched.Broadcast(plan, absl::Seconds(20)).ok());
+      watched.EnterStep(step);
+      for (int layer = 0; layer < 2; ++layer) {
+        if (rank == 1) std::this_thread::sleep_for(kWork);
+        float sum[4] = {};
+        ASSERT_TRUE(watched.AllReduceSum(sum, absl::Seconds(20)).ok());
+      }
+      if (rank == 0) std::this_thread::sleep_for(kWork);  // between steps: nobody's computing
+    }
+    times[rank] = watched.TakeStepTimes();
+    EXPECT_EQ(watched.TakeStepTimes().steps, 0u);
+  };
+  std::thread other([&] { run(1); });
+  run(0);
+  other.join();
+  EXPECT_EQ(times[0].steps, 3u);
+  EXPECT_EQ(times[1].steps, 3u);
+  EXPECT_GE(times[1].compute, 6 * kWork);
+  EXPECT_LT(times[0].compute, times[1].compute / 2);
+  EXPECT_GT(times[0].collective, 5 * kWork);
+}
+
 }  // namespace
 }  // namespace rankwise::comm
