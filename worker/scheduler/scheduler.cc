@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "worker/scheduler/block_ledger.h"
+#include "worker/scheduler/prompt_lookup.h"
 
 namespace rankwise::scheduler {
 namespace {
@@ -24,6 +25,12 @@ struct Order {
 constexpr Order kBeforeAll{std::numeric_limits<int64_t>::min(), 0};
 constexpr int32_t kNoSlot = -1;
 
+// What a sequence may guess is bounded by what it has guessed right: a row of a draft costs kDraftRow of its credit
+// when it is rejected, one that is accepted earns kAccepted, and each token a little, to try again. So of T tokens'
+// rows at most kFirstDrafts + T / kDraftRow are in vain beside those that two accepted ones each pay for, and whoever
+// guesses one in three right goes on. A row in vain costs a tenth of a small step: hopeless text pays 0.2 %.
+constexpr int32_t kDraftRow = 64, kAccepted = 128, kFirstDrafts = 4;
+
 struct Entry {
   Sequence sequence;
   Order order;
@@ -34,8 +41,11 @@ struct Entry {
   int32_t published_blocks = 0;  // of `blocks`, the full ones: their ledger records form a chain
   int32_t computed = 0;          // positions in the cache
   int32_t cached = 0;            // of those, found in the prefix cache
-  int32_t planned_rows = 0;      // in the step under way
-  bool is_first = true;          // no segment since it got its slot
+  int32_t planned_rows = 0;      // in the step under way, without drafts
+  std::vector<int32_t> drafts;   // of the step under way: rows behind those
+  int32_t credit = kFirstDrafts * kDraftRow;
+  PromptLookup lookup;
+  bool is_first = true;  // no segment since it got its slot
   bool must_yield = false;
 
   int32_t known() const { return static_cast<int32_t>(sequence.tokens.size()); }
@@ -57,7 +67,11 @@ struct Scheduler::State {
   bool Enter(Entry& entry);
   void AssignRows();
   void TakeBlocks();
+  int32_t DraftLimit(const Entry& entry) const;
+  void AssignDrafts();
   void Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& planned);
+  void Append(Entry& entry, int32_t token);
+  void Settle(Entry& entry);
   void Publish(Entry& entry);
 
   const SchedulerOptions options;
@@ -67,7 +81,7 @@ struct Scheduler::State {
   std::vector<int32_t> free_slots;
   std::vector<bool> must_clear;  // by slot: the ranks' table is stale
   int64_t next_arrival = 0;
-  int64_t cached_tokens = 0, preemptions = 0;
+  int64_t cached_tokens = 0, preemptions = 0, drafted_tokens = 0, accepted_tokens = 0;
 
   // The step under way.
   bool is_open = false;
@@ -77,7 +91,8 @@ struct Scheduler::State {
 
 Scheduler::State::State(const SchedulerOptions& given)
     : options(given), ledger(given.block_count, given.block_tokens), must_clear(given.slot_count) {
-  RW_CHECK(options.slot_count > 0 && options.max_step_rows > 0 && options.max_chunk_rows > 0);
+  RW_CHECK(options.slot_count > 0 && options.max_step_rows > 0 && options.max_chunk_rows > 0 &&
+           options.max_drafts >= 0);
   // One row stays for prompts, so that a sequence that waits longest or matters most is never kept out by decoding
   // ones.
   const int32_t usable = std::min(options.slot_count, std::max(1, options.max_step_rows - 1));
@@ -121,7 +136,7 @@ bool Scheduler::State::HasRoomFor(const Entry& entry) const {
   if (free_slots.empty()) return false;
   int32_t short_of = BlocksFor(entry.known()) - ledger.available();
   for (const auto& [order, other] : running) {
-    short_of += BlocksFor(other->known()) - static_cast<int32_t>(other->blocks.size()) + 1;
+    short_of += std::max(0, BlocksFor(other->known()) - static_cast<int32_t>(other->blocks.size()) + 1);
   }
   // Sharing saves a block only where another sequence holds it; cached ones count as available already.
   for (int32_t index = 0, parent = kNoBlock; short_of > 0; ++index, --short_of) {
@@ -199,27 +214,89 @@ void Scheduler::State::TakeBlocks() {
   }
 }
 
+// What `entry` may guess in this step, whatever the others do: a draft is a row whose logits decide, so the token
+// behind the last one must still be within max_tokens.
+int32_t Scheduler::State::DraftLimit(const Entry& entry) const {
+  if (entry.missing() != 1 || entry.planned_rows != 1 || entry.computed < entry.all_logits_end) return 0;
+  return std::min({options.max_drafts, entry.sequence.max_drafts, entry.credit / kDraftRow,
+                   entry.sequence.max_tokens - entry.known() - 1});
+}
+
+// Sequences that decode share the rows that a small step has left. Blocks are taken ahead only while every sequence
+// could still have one, so that no draft preempts anybody; a block that waits for its first token stays where it is.
+void Scheduler::State::AssignDrafts() {
+  int32_t left = std::min(options.draft_step_rows - (options.max_step_rows - rows_left), rows_left);
+  if (options.max_drafts == 0 || left <= 0) return;
+  auto sharers = static_cast<int32_t>(running.size());
+  for (const auto& [order, entry] : running) {
+    const int32_t share = (left + sharers - 1) / sharers;
+    --sharers;
+    const int32_t limit = std::min(share, DraftLimit(*entry));
+    if (limit <= 0) continue;
+    entry->lookup.Draft(entry->sequence.tokens, limit, entry->drafts);
+    const auto wanted = static_cast<int32_t>(entry->drafts.size());
+    while (static_cast<int32_t>(entry->blocks.size()) < BlocksFor(entry->known() + wanted) &&
+           ledger.available() > static_cast<int32_t>(running.size())) {
+      entry->blocks.push_back(ledger.Take());
+    }
+    const auto room = static_cast<int32_t>(entry->blocks.size()) * options.block_tokens - entry->known();
+    entry->drafts.resize(std::min(wanted, room));
+    left -= static_cast<int32_t>(entry->drafts.size());
+    drafted_tokens += static_cast<int64_t>(entry->drafts.size());
+  }
+}
+
 void Scheduler::State::Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& planned) {
   const bool produces_token = entry.planned_rows == entry.missing();
   planned.push_back({.id = entry.sequence.id,
                      .segment = static_cast<int32_t>(plan.segments.size()),
                      .cached_tokens = entry.cached,
                      .is_first = entry.is_first,
-                     .produces_token = produces_token});
+                     .produces_token = produces_token,
+                     .drafts = static_cast<int32_t>(entry.drafts.size())});
   StepSegment& segment = plan.segments.emplace_back();
   segment.slot = entry.slot;
   segment.first_position = entry.computed;
-  if (entry.computed < entry.all_logits_end) {
+  if (entry.computed < entry.all_logits_end || !entry.drafts.empty()) {
     segment.logits = LogitsNeed::kAll;
   } else if (produces_token) {
     segment.logits = LogitsNeed::kLast;
   }
   const auto first = entry.sequence.tokens.begin() + entry.computed;
   segment.tokens.assign(first, first + entry.planned_rows);
+  segment.tokens.insert(segment.tokens.end(), entry.drafts.begin(), entry.drafts.end());
   segment.new_blocks.assign(entry.blocks.begin() + entry.announced_blocks, entry.blocks.end());
   entry.announced_blocks = static_cast<int32_t>(entry.blocks.size());
   entry.is_first = false;
   planned_ids.push_back(entry.sequence.id);
+}
+
+// The token sampled behind the last one known, which is the sequence's own or a draft that was sampled before.
+void Scheduler::State::Append(Entry& entry, int32_t token) {
+  std::vector<int32_t>& tokens = entry.sequence.tokens;
+  RW_CHECK(entry.known() < entry.sequence.max_tokens, "a sequence grows beyond its max_tokens");
+  const int32_t before = entry.missing() - entry.planned_rows;  // sampled in this step
+  RW_CHECK(
+      before == 0 || (before <= static_cast<int32_t>(entry.drafts.size()) && entry.drafts[before - 1] == tokens.back()),
+      "a token behind one that was not computed");
+  tokens.push_back(token);
+}
+
+// The rows of this step that hold what the sequence has at their positions are in the cache.
+void Scheduler::State::Settle(Entry& entry) {
+  entry.computed += std::exchange(entry.planned_rows, 0);
+  int32_t accepted = 0;
+  for (const int32_t draft : entry.drafts) {
+    if (entry.missing() == 0 || entry.sequence.tokens[entry.computed] != draft) break;
+    ++entry.computed;
+    ++accepted;
+  }
+  const int32_t rejected = static_cast<int32_t>(entry.drafts.size()) - accepted;
+  entry.credit = std::min(entry.credit + 1 + accepted * kAccepted - rejected * kDraftRow,
+                          2 * std::max(options.max_drafts, kFirstDrafts) * kDraftRow);
+  entry.drafts.clear();
+  accepted_tokens += accepted;
+  Publish(entry);
 }
 
 // Full blocks become shareable. Where an equal block is published already the sequence goes over to that one and its
@@ -294,6 +371,7 @@ bool Scheduler::PlanStep(StepPlan& plan, std::vector<Planned>& planned) {
   for (Entry* entry : yielding) state.Preempt(*entry);
   state.AssignRows();
   state.TakeBlocks();
+  state.AssignDrafts();
   for (const auto& [order, entry] : state.running) {
     if (entry->planned_rows > 0) state.Emit(*entry, plan, planned);
   }
@@ -310,22 +388,16 @@ bool Scheduler::PlanStep(StepPlan& plan, std::vector<Planned>& planned) {
 void Scheduler::CompleteStep(std::span<const Token> tokens) {
   State& state = *state_;
   RW_CHECK(std::exchange(state.is_open, false), "CompleteStep without PlanStep");
-  for (const SequenceId id : state.planned_ids) {
-    const auto found = state.entries.find(id);
-    if (found == state.entries.end()) continue;
-    Entry& entry = *found->second;
-    entry.computed += std::exchange(entry.planned_rows, 0);
-    state.Publish(entry);
-  }
-  state.planned_ids.clear();
+  // A sequence without planned rows is not the one that was planned: its id was removed and admitted again since.
   for (const Token& token : tokens) {
     const auto found = state.entries.find(token.id);
-    // Not the sequence that was planned, when its id was removed and admitted again since.
-    if (found == state.entries.end() || found->second->missing() > 0) continue;
-    Sequence& sequence = found->second->sequence;
-    RW_CHECK(found->second->known() < sequence.max_tokens, "a sequence grows beyond its max_tokens");
-    sequence.tokens.push_back(token.token);
+    if (found != state.entries.end() && found->second->planned_rows > 0) state.Append(*found->second, token.token);
   }
+  for (const SequenceId id : state.planned_ids) {
+    const auto found = state.entries.find(id);
+    if (found != state.entries.end() && found->second->planned_rows > 0) state.Settle(*found->second);
+  }
+  state.planned_ids.clear();
 }
 
 void Scheduler::Preempt(SequenceId id) {
@@ -341,7 +413,9 @@ SchedulerLoad Scheduler::load() const {
           .blocks_cached = state.ledger.cached(),
           .blocks_total = state.ledger.block_count(),
           .cached_tokens = state.cached_tokens,
-          .preemptions = state.preemptions};
+          .preemptions = state.preemptions,
+          .drafted_tokens = state.drafted_tokens,
+          .accepted_tokens = state.accepted_tokens};
 }
 
 void Scheduler::CheckInvariants() const {
@@ -357,8 +431,10 @@ void Scheduler::CheckInvariants() const {
     const bool is_running = entry->slot != kNoSlot;
     RW_CHECK(state.running.contains(entry->order) == is_running && state.waiting.contains(entry->order) != is_running);
     RW_CHECK(is_running || (entry->blocks.empty() && entry->computed == 0), "a waiting sequence owns something");
-    RW_CHECK(entry->computed + entry->planned_rows <=
+    RW_CHECK(entry->computed + entry->planned_rows + static_cast<int32_t>(entry->drafts.size()) <=
              static_cast<int32_t>(entry->blocks.size()) * state.options.block_tokens);
+    RW_CHECK(is_running || entry->drafts.empty());
+    RW_CHECK(static_cast<int32_t>(entry->blocks.size()) <= state.BlocksFor(entry->sequence.max_tokens));
     RW_CHECK(entry->computed + entry->planned_rows <= entry->known());
     if (!is_running) continue;
     take_slot(entry->slot);

@@ -10,7 +10,8 @@
 #include "proto/step_plan.h"
 
 // Decides what runs next, and nothing else: no thread, clock, socket or log. Continuous batching over paged KV blocks,
-// chunked prefill under a row budget, prefix cache, priorities, preemption by recomputation.
+// chunked prefill under a row budget, prefix cache, priorities, preemption by recomputation, speculation by prompt
+// lookup.
 namespace rankwise::scheduler {
 
 enum class SequenceId : uint64_t {};
@@ -24,14 +25,17 @@ struct SchedulerOptions {
   int32_t max_positions = 2048;  // prompt + generated of one sequence
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
+  int32_t max_drafts = 0;        // tokens guessed for one sequence in one step; 0: none
+  int32_t draft_step_rows = 16;  // a step of more rows has no drafts: there another row costs what it computes
 };
 
 struct Sequence {
   SequenceId id{};
-  std::vector<int32_t> tokens;    // prompt, then tokens generated before a replay; at least one
-  int32_t max_tokens = 0;         // what `tokens` may grow to; 0: max_positions
-  int32_t priority = 0;           // higher first, then by arrival
-  bool needs_all_logits = false;  // of `tokens`, for prompt logprobs; such a sequence reads no cached prefix
+  std::vector<int32_t> tokens;     // prompt, then tokens generated before a replay; at least one
+  int32_t max_tokens = 0;          // what `tokens` may grow to; 0: max_positions
+  int32_t priority = 0;            // higher first, then by arrival
+  int32_t max_drafts = INT32_MAX;  // of this sequence in one step; SchedulerOptions::max_drafts holds too
+  bool needs_all_logits = false;   // of `tokens`, for prompt logprobs; such a sequence reads no cached prefix
 };
 
 // Whose rows a segment of the plan holds: one of these for each, in the same order.
@@ -41,6 +45,9 @@ struct Planned {
   int32_t cached_tokens = 0;    // prefix rows found in the cache when the sequence last entered
   bool is_first = false;        // first segment since admission or preemption
   bool produces_token = false;  // its last position is the sequence's last known token: sample after the step
+  // Rows behind that position: guesses of the tokens to be sampled, whose logits are wanted too. Row i counts only if
+  // the tokens sampled before it are those guessed.
+  int32_t drafts = 0;
 };
 
 struct SchedulerLoad {
@@ -51,6 +58,8 @@ struct SchedulerLoad {
   int32_t blocks_total = 0;
   int64_t cached_tokens = 0;  // since the start
   int64_t preemptions = 0;
+  int64_t drafted_tokens = 0;
+  int64_t accepted_tokens = 0;  // of those, the ones that were sampled
 };
 
 class Scheduler {
@@ -75,8 +84,10 @@ class Scheduler {
     SequenceId id{};
     int32_t token = 0;
   };
-  // The step ran: its rows are in the cache. `tokens`: one for every planned sequence that produces a token and is to
-  // go on; the others that produce one are removed before the next PlanStep.
+  // The step ran: its rows are in the cache. `tokens`: those sampled, at least one for every planned sequence that
+  // produces one and is to go on; the others that produce one are removed before the next PlanStep. Behind a token that
+  // was drafted there may be another one of the same sequence. Rows of drafts that were not sampled count for nothing:
+  // their places in the cache are written again.
   void CompleteStep(std::span<const Token> tokens);
 
   // Asks the next PlanStep to preempt this sequence, as if memory had run out. For tests.

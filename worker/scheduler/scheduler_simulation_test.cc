@@ -1,7 +1,7 @@
 // A seeded simulation: random sequences that share prefixes, random pools, cancellations and preemptions, against a
 // rank that knows only what the plans say. Each place of its KV memory holds a fingerprint of the whole prefix it
 // belongs to, so that a block shared wrongly, used twice or used after it was given back shows as a wrong fingerprint,
-// and a wrong table as well.
+// and a wrong table as well. Rejected drafts leave wrong fingerprints behind, which nobody may ever read.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -21,7 +21,12 @@ uint64_t Extend(uint64_t prefix, int32_t token) {
   return hash ^ hash >> 29;
 }
 
-int32_t NextToken(uint64_t prefix) { return static_cast<int32_t>((prefix >> 40) % kVocabSize); }
+// The model: of the whole prefix, or, repeating itself soon, of its last two tokens.
+int32_t NextToken(uint64_t prefix, std::span<const int32_t> tokens, bool is_repetitive) {
+  const auto last = tokens.last(std::min<size_t>(2, tokens.size()));
+  const uint64_t cause = is_repetitive ? Extend(Extend(0, last.front()), last.back()) : prefix;
+  return static_cast<int32_t>((cause >> 40) % kVocabSize);
+}
 
 // What a rank does with a plan that came over the wire.
 class Rank {
@@ -36,8 +41,8 @@ class Rank {
         tables_(options.slot_count),
         memory_(static_cast<size_t>(options.block_count) * options.block_tokens) {}
 
-  // The fingerprint in each segment's last place, after all earlier places of the sequence were read.
-  std::vector<uint64_t> Execute(const StepPlan& sent) {
+  // The fingerprints of each segment's rows, read when all rows were written.
+  std::vector<std::vector<uint64_t>> Execute(const StepPlan& sent) {
     const auto plan = DecodeStepPlan(EncodeStepPlan(sent), limits_);
     EXPECT_TRUE(plan.ok()) << plan.status();
     EXPECT_EQ(*plan, sent);
@@ -48,12 +53,14 @@ class Rank {
     }
     // All rows are written before any is read, as in a layer of the model.
     for (const StepSegment& segment : plan->segments) Write(segment);
-    std::vector<uint64_t> last;
+    std::vector<std::vector<uint64_t>> rows;
     for (const StepSegment& segment : plan->segments) {
-      const auto end = segment.first_position + static_cast<int32_t>(segment.tokens.size());
-      last.push_back(Place(segment.slot, end - 1));
+      auto& prints = rows.emplace_back();
+      for (size_t i = 0; i < segment.tokens.size(); ++i) {
+        prints.push_back(Place(segment.slot, segment.first_position + static_cast<int32_t>(i)));
+      }
     }
-    return last;
+    return rows;
   }
 
   // Every place of a sequence must hold the fingerprint of its prefix.
@@ -96,6 +103,8 @@ class Simulation {
   explicit Simulation(uint64_t seed) : random_(seed), options_(DrawOptions()), scheduler_(options_), rank_(options_) {
     cancel_percent_ = Chance(50) ? Draw(1, 10) : 0;
     preempt_percent_ = Chance(50) ? Draw(1, 20) : 0;
+    stop_percent_ = Chance(50) ? Draw(1, 10) : 0;
+    is_repetitive_ = Chance(50);
     for (int i = 0; i < 3; ++i) stems_.push_back(DrawTokens(Draw(1, options_.max_positions)));
   }
 
@@ -149,6 +158,8 @@ class Simulation {
     options.max_chunk_rows = Draw(1, options.max_step_rows);
     options.max_waiting = Draw(1, 8);
     options.has_prefix_cache = Chance(80);
+    options.max_drafts = Chance(70) ? Draw(1, 9) : 0;
+    options.draft_step_rows = Draw(1, 24);
     return options;
   }
 
@@ -191,7 +202,7 @@ class Simulation {
     scheduler_.CheckInvariants();
     if (!is_live) return;
     ASSERT_EQ(planned.size(), plan.segments.size());
-    const std::vector<uint64_t> last = rank_.Execute(plan);
+    const auto rows = rank_.Execute(plan);
     CheckAgainstOracle(plan, planned);
     if (has_chaos && Chance(cancel_percent_)) Cancel();
     if (has_chaos && Chance(20)) Arrive();
@@ -201,13 +212,18 @@ class Simulation {
     for (const Planned& one : planned) {
       const auto client = clients_.find(one.id);
       if (!one.produces_token || client == clients_.end()) continue;
-      if (static_cast<int32_t>(client->second.tokens.size()) == client->second.target) {
-        ended.push_back(one.id);
-        continue;
+      const StepSegment& segment = plan.segments[one.segment];
+      auto& known = client->second.tokens;
+      for (size_t row = segment.tokens.size() - 1 - one.drafts; row < segment.tokens.size(); ++row) {
+        if (row >= segment.tokens.size() - one.drafts && segment.tokens[row] != known.back()) break;
+        if (static_cast<int32_t>(known.size()) == client->second.target || Chance(stop_percent_)) {
+          ended.push_back(one.id);
+          break;
+        }
+        const int32_t token = NextToken(rows[one.segment][row], known, is_repetitive_);
+        tokens.push_back({one.id, token});
+        known.push_back(token);
       }
-      const int32_t token = NextToken(last[one.segment]);
-      tokens.push_back({one.id, token});
-      client->second.tokens.push_back(token);
     }
     scheduler_.CompleteStep(tokens);
     scheduler_.CheckInvariants();
@@ -220,18 +236,30 @@ class Simulation {
   }
 
   void CheckAgainstOracle(const StepPlan& plan, const std::vector<Planned>& planned) {
+    size_t rows = 0;
+    int32_t drafts = 0;
     for (const Planned& one : planned) {
       const StepSegment& segment = plan.segments[one.segment];
       ASSERT_TRUE(clients_.contains(one.id));
       const auto& known = clients_[one.id].tokens;
-      const size_t end = segment.first_position + segment.tokens.size();
+      const size_t end = segment.first_position + segment.tokens.size() - one.drafts;
       ASSERT_LE(end, known.size());
-      EXPECT_TRUE(std::equal(segment.tokens.begin(), segment.tokens.end(), known.begin() + segment.first_position));
+      EXPECT_TRUE(std::equal(segment.tokens.begin(), segment.tokens.end() - one.drafts,
+                             known.begin() + segment.first_position));
+      EXPECT_LE(one.drafts, options_.max_drafts);
+      if (one.drafts > 0) {
+        EXPECT_EQ(segment.tokens.size(), 1u + one.drafts) << "only who decodes drafts";
+        EXPECT_LT(static_cast<int32_t>(known.size()) + one.drafts, clients_[one.id].target);
+        EXPECT_EQ(segment.logits, LogitsNeed::kAll);
+      }
+      rows += segment.tokens.size();
+      drafts += one.drafts;
       EXPECT_TRUE(rank_.Holds(segment.slot, std::span(known).first(end))) << "wrong K and V in slot " << segment.slot;
       EXPECT_EQ(one.produces_token, end == known.size());
       EXPECT_TRUE(!one.produces_token || segment.logits != LogitsNeed::kNone);
       EXPECT_TRUE(!one.is_first || segment.first_position == one.cached_tokens);
     }
+    EXPECT_TRUE(drafts == 0 || static_cast<int32_t>(rows) <= options_.draft_step_rows);
   }
 
   std::mt19937_64 random_;
@@ -241,7 +269,8 @@ class Simulation {
   std::vector<std::vector<int32_t>> stems_;  // prompts begin like one of these
   std::map<SequenceId, Client> clients_;
   uint64_t next_id_ = 1;
-  int32_t cancel_percent_ = 0, preempt_percent_ = 0;
+  int32_t cancel_percent_ = 0, preempt_percent_ = 0, stop_percent_ = 0;
+  bool is_repetitive_ = false;
   int64_t finished_ = 0;
 };
 
@@ -250,7 +279,7 @@ TEST(SchedulerSimulation, EverySequenceGetsItsOwnTokensAndEnds) {
   const char* only = std::getenv("RANKWISE_SEED");
   const uint64_t first = only == nullptr ? 1 : std::strtoull(only, nullptr, 10);
   const uint64_t last = only == nullptr ? 4000 : first;
-  int64_t finished = 0, preemptions = 0, cached_tokens = 0;
+  int64_t finished = 0, preemptions = 0, cached_tokens = 0, accepted = 0, rejected = 0;
   for (uint64_t seed = first; seed <= last; ++seed) {
     SCOPED_TRACE(testing::Message() << "RANKWISE_SEED=" << seed);
     Simulation simulation(seed);
@@ -259,12 +288,16 @@ TEST(SchedulerSimulation, EverySequenceGetsItsOwnTokensAndEnds) {
     finished += simulation.finished();
     preemptions += simulation.load().preemptions;
     cached_tokens += simulation.load().cached_tokens;
+    accepted += simulation.load().accepted_tokens;
+    rejected += simulation.load().drafted_tokens - simulation.load().accepted_tokens;
   }
   if (only != nullptr) return;
   // The seeds reach what they are meant to reach.
   EXPECT_GT(finished, 10000);
   EXPECT_GT(preemptions, 10000);
   EXPECT_GT(cached_tokens, 10000);
+  EXPECT_GT(accepted, 10000);
+  EXPECT_GT(rejected, 10000);
 }
 
 }  // namespace

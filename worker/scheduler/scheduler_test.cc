@@ -14,7 +14,9 @@
 namespace rankwise::scheduler {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 // A scheduler with blocks of four tokens, and its plans in words: "clear 0; 1[0,6) blocks 0 1 token" is sequence 1
 // computing positions 0 to 5 with blocks 0 and 1 new in its table, after which it produces a token.
@@ -65,6 +67,12 @@ class SchedulerTest : public ::testing::Test {
     if (planned.is_first && planned.cached_tokens > 0) absl::StrAppend(&words, " cached ", planned.cached_tokens);
     if (!segment.new_blocks.empty()) absl::StrAppend(&words, " blocks ", absl::StrJoin(segment.new_blocks, " "));
     if (segment.logits == LogitsNeed::kAll) absl::StrAppend(&words, " all logits");
+    if (planned.drafts > 0) {
+      absl::StrAppend(&words, " drafts ",
+                      absl::StrJoin(segment.tokens.end() - planned.drafts, segment.tokens.end(), " "));
+      EXPECT_TRUE(planned.produces_token);
+      return words;
+    }
     EXPECT_EQ(planned.produces_token, segment.logits != LogitsNeed::kNone && words.find("all") == std::string::npos)
         << words;
     if (segment.logits == LogitsNeed::kLast) absl::StrAppend(&words, " token");
@@ -76,6 +84,16 @@ class SchedulerTest : public ::testing::Test {
     std::vector<Scheduler::Token> tokens;
     for (const Planned& planned : planned_) {
       if (planned.produces_token) tokens.push_back({planned.id, token});
+    }
+    scheduler_->CompleteStep(tokens);
+    scheduler_->CheckInvariants();
+  }
+
+  // The same tokens for every sequence that produced one: the drafts before them are accepted.
+  void Accept(const std::vector<int32_t>& sampled) {
+    std::vector<Scheduler::Token> tokens;
+    for (const Planned& planned : planned_) {
+      for (const int32_t token : sampled) tokens.push_back({planned.id, token});
     }
     scheduler_->CompleteStep(tokens);
     scheduler_->CheckInvariants();
@@ -358,7 +376,145 @@ TEST_F(SchedulerTest, OldPrefixesAreEvictedForNewWork) {
   EXPECT_THAT(Step(), HasSubstr("3[4,5) cached 4 blocks 0 "));
 }
 
+class SpeculationTest : public SchedulerTest {
+ protected:
+  static SchedulerOptions Speculating() {
+    SchedulerOptions options = Defaults();
+    options.max_drafts = 4;
+    options.max_chunk_rows = 16;
+    return options;
+  }
+};
+
+TEST_F(SpeculationTest, DraftsBehindTheLastTokenAndGoesOnBehindTheAcceptedOnes) {
+  Start(Speculating());
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3, 4, 5, 6, 1, 2}).ok());
+  EXPECT_EQ(Plan(), "1[0,8) blocks 0 1 token") << "a prompt's rows come without drafts";
+  Complete(3);
+  EXPECT_EQ(Plan(), "1[8,13) blocks 2 3 all logits drafts 4 5 6 1") << "blocks are taken ahead";
+  Accept({4, 5, 9});
+  EXPECT_EQ(scheduler_->load().drafted_tokens, 4);
+  EXPECT_EQ(scheduler_->load().accepted_tokens, 2);
+  EXPECT_EQ(Plan(), "1[11,12) token")
+      << "9 takes the place of the draft 6, whose block stays; nothing stood behind 5 9";
+  Complete(1);
+  EXPECT_EQ(Step(), "1[12,13) token");
+}
+
+TEST_F(SpeculationTest, OnlyWhatWasSampledIsShared) {
+  Start(Speculating());
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3, 4, 5, 6, 1, 2}).ok());
+  Plan();
+  Complete(3);
+  EXPECT_EQ(Plan(), "1[8,13) blocks 2 3 all logits drafts 4 5 6 1");
+  Accept({4, 9});
+  Remove(1);
+  EXPECT_EQ(scheduler_->load().blocks_cached, 2) << "positions 8 to 9 of 8 to 12";
+  ASSERT_TRUE(TryAdmit(2, {1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1}).ok());
+  EXPECT_EQ(Plan(), "clear 0; 2[8,13) cached 8 blocks 0 1 2 3 token");
+}
+
+TEST_F(SpeculationTest, AllDraftsAcceptedBringOneTokenMore) {
+  Start(Speculating());
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3, 4, 5, 6, 1, 2}).ok());
+  Plan();
+  Complete(3);
+  Plan();
+  Accept({4, 5, 6, 1, 2});
+  EXPECT_EQ(scheduler_->load().accepted_tokens, 4);
+  EXPECT_EQ(Plan(), "1[13,18) blocks 4 all logits drafts 3 4 5 6");
+}
+
+TEST_F(SpeculationTest, NoMoreThanTheSequenceWants) {
+  for (const int32_t most : {0, 2}) {
+    Start(Speculating());
+    ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{1}, .tokens = {1, 2, 3, 4, 5, 6, 1, 2}, .max_drafts = most}).ok());
+    Plan();
+    Complete(3);
+    Plan();
+    EXPECT_EQ(planned_[0].drafts, most);
+  }
+}
+
+TEST_F(SpeculationTest, NeverBeyondMaxTokens) {
+  Start(Speculating());
+  ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{1}, .tokens = {1, 2, 3, 4, 5, 6, 1, 2}, .max_tokens = 12}).ok());
+  Plan();
+  Complete(3);
+  EXPECT_EQ(Plan(), "1[8,11) blocks 2 all logits drafts 4 5") << "and the token behind them is the twelfth";
+  Accept({4, 5, 6});
+  Remove(1);
+  EXPECT_EQ(Step(), "idle");
+}
+
+TEST_F(SpeculationTest, ASequenceThatEndsWithinItsDraftsKeepsWhatWasSampled) {
+  Start(Speculating());
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3, 4, 5, 6, 1, 2}).ok());
+  Plan();
+  Complete(3);
+  Plan();
+  Accept({4, 5, 6});  // then a stop token instead of 1
+  Remove(1);
+  EXPECT_EQ(scheduler_->load().blocks_cached, 3);
+}
+
+TEST_F(SpeculationTest, WhoGuessesWrongSoonStops) {
+  SchedulerOptions options = Speculating();
+  options.max_positions = 1000;
+  options.block_count = 250;
+  Start(options);
+  // The pair 1 2 repeats every four tokens, and what follows it never does.
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3}).ok());
+  for (int32_t i = 0; i < 800; ++i) {
+    ASSERT_NE(Plan(), "idle");
+    Complete(i % 4 == 1 ? 1 : i % 4 == 2 ? 2 : 1000 + i);
+  }
+  EXPECT_EQ(scheduler_->load().accepted_tokens, 0);
+  EXPECT_LE(scheduler_->load().drafted_tokens, 4 + 800 / 64);
+  EXPECT_GE(scheduler_->load().drafted_tokens, 10) << "but now and then it tries again";
+}
+
+TEST_F(SpeculationTest, AStepOfManyRowsHasNoDraftsAndAFewAreShared) {
+  SchedulerOptions options = Speculating();
+  options.draft_step_rows = 6;
+  options.max_step_rows = 32;
+  Start(options);
+  for (uint64_t id = 1; id <= 2; ++id) ASSERT_TRUE(TryAdmit(id, {1, 2, 3, 4, 5, 6, 1, 2, 3}).ok());
+  Plan();
+  Complete(4);
+  Plan();
+  EXPECT_EQ(planned_[0].drafts, 2);
+  EXPECT_EQ(planned_[1].drafts, 2);
+  Complete(9);
+  Admit(3, 6);
+  EXPECT_THAT(Plan(), AllOf(HasSubstr("3[0,6)"), Not(HasSubstr("drafts"))));
+}
+
+TEST_F(SpeculationTest, BlocksForDraftsLeaveOneForEverySequence) {
+  SchedulerOptions options = Speculating();
+  options.block_count = 4;
+  options.max_positions = 16;
+  Start(options);
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3, 4, 1, 2}).ok());
+  ASSERT_TRUE(TryAdmit(2, {8, 8, 9}).ok());
+  Plan();
+  Complete(3);
+  EXPECT_EQ(Plan(), "1[6,8) all logits drafts 4; 2[3,4) token");
+  Complete(9);
+  EXPECT_EQ(scheduler_->load().blocks_free, 1);
+}
+
 using SchedulerDeathTest = SchedulerTest;
+
+TEST_F(SpeculationTest, DiesOfATokenBehindARejectedDraft) {
+  Start(Speculating());
+  ASSERT_TRUE(TryAdmit(1, {1, 2, 3, 4, 5, 6, 1, 2}).ok());
+  Plan();
+  Complete(3);
+  Plan();
+  EXPECT_DEATH(Accept({9, 5}), "a token behind one that was not computed");
+  EXPECT_DEATH(Accept({4, 5, 6, 1, 2, 3}), "a token behind one that was not computed");
+}
 
 TEST_F(SchedulerDeathTest, RefusesMisuse) {
   Start(Defaults());
