@@ -45,6 +45,7 @@ struct ServeFlags {
   double drain_seconds = 30;
   int max_live = 0, max_running = 0, max_step_rows = 0, max_chunk_rows = 0, max_tokens = 0;
   bool is_prefix_cache_off = false;
+  int speculate = -1;  // as the worker does
 };
 
 void AddFlag(std::vector<std::string>& flags, const std::string& name, int value) {
@@ -76,6 +77,7 @@ absl::StatusOr<ClusterOptions> ToOptions(const ServeFlags& flags) {
   AddFlag(worker, "--max-step-rows", flags.max_step_rows);
   AddFlag(worker, "--max-chunk-rows", flags.max_chunk_rows);
   AddFlag(worker, "--max-tokens", flags.max_tokens);
+  if (flags.speculate >= 0) worker.insert(worker.end(), {"--speculate", absl::StrCat(flags.speculate)});
   if (flags.is_prefix_cache_off) worker.push_back("--no-prefix-cache");
   return options;
 }
@@ -201,6 +203,13 @@ void AddServe(CLI::App& app, Action& action) {
   command->add_option("--max-chunk-rows", flags->max_chunk_rows, "Prompt tokens of one request in one step")
       ->check(positive);
   command->add_option("--max-tokens", flags->max_tokens, "Prompt and generated tokens of one request")->check(positive);
+  command
+      ->add_option(
+          "--speculate", flags->speculate,
+          "Tokens guessed for one request in one step, where its text repeats itself: the same tokens, sooner; "
+          "0: none")
+      ->check(CLI::Range(0, 64))
+      ->default_str("8");
   command->add_flag("--no-prefix-cache", flags->is_prefix_cache_off,
                     "Compute shared prompt beginnings again each time");
   command->callback([flags, &action] { action = [flags] { return Serve(*flags); }; });

@@ -63,6 +63,7 @@ class CalibrationTest : public ::testing::Test {
   absl::StatusOr<std::string> Calibrate(const Cut& cut) const {
     engine::RankOptions options = Options("f32");
     options.observes = true;
+    options.max_drafts = 0;
     options.max_running = cut.max_running;
     options.max_chunk_rows = cut.chunk_rows;
     auto group = ThreadGroup::Start(options, cut.tp, cut.threads);

@@ -45,6 +45,7 @@ struct Flags {
   std::string observe_dir;
   SampleInfo samples;
   bool has_no_prefix_cache = false;
+  CLI::Option* speculate = nullptr;
   double step_timeout_seconds = 60;
   double hang_timeout_seconds = 2.5;
   double reconnect_seconds = 300;
@@ -89,6 +90,12 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->capture_default_str();
   app.add_option("--max-waiting", flags.rank.max_waiting, "Sequences that may wait for room")->capture_default_str();
   app.add_flag("--no-prefix-cache", flags.has_no_prefix_cache, "Compute every prompt from its first token");
+  flags.speculate =
+      app.add_option("--speculate", flags.rank.max_drafts,
+                     "Tokens guessed for one sequence in one step, where its text repeats itself, and checked in that "
+                     "step: the same tokens, sooner; 0: none")
+          ->check(CLI::Range(0, 64))
+          ->capture_default_str();
   app.add_option("--threads", flags.device.cpu.threads, "CPU threads of this rank")
       ->default_str("this host's CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.device.cpu.instruction_set, "avx2 or avx512; default the best there is");
@@ -327,7 +334,10 @@ int main(int argc, char** argv) {
   flags.rank.collective_timeout = absl::Seconds(flags.step_timeout_seconds);
   flags.rank.has_prefix_cache = !flags.has_no_prefix_cache && flags.observe_dir.empty();
   flags.rank.observes = !flags.observe_dir.empty();
-  if (flags.rank.observes) flags.rank.kv = "f32";
+  if (flags.rank.observes) {
+    flags.rank.kv = "f32";
+    if (flags.speculate->empty()) flags.rank.max_drafts = 0;
+  }
   std::signal(SIGTERM, RequestStop);
   std::signal(SIGINT, RequestStop);
   std::signal(SIGPIPE, SIG_IGN);

@@ -53,6 +53,7 @@ absl::Status Engine::Submit(Request request) {
                         .tokens = live->tokens,
                         .max_tokens = static_cast<int32_t>(request.prompt.size()) + request.sampling.max_tokens,
                         .priority = request.priority,
+                        .max_drafts = request.max_drafts,
                         .needs_all_logits = request.sampling.prompt_logprobs >= 0 && request.generated.empty()}));
   live->request = std::move(request);
   sequences_.emplace(id, std::move(live));
@@ -125,6 +126,11 @@ absl::Status Engine::TakeLogits(const scheduler::Planned& planned, int32_t posit
   Live& live = *sequences_.at(planned.id);
   const SamplingParams& sampling = live.request.sampling;
   const auto known = static_cast<int32_t>(live.tokens.size());
+  // A row behind a draft that was not sampled, or behind the end.
+  const StepSegment& segment = plan_.segments[planned.segment];
+  if (position >= known || segment.tokens[position - segment.first_position] != live.tokens[position]) {
+    return absl::OkStatus();
+  }
   if (position + 1 < known) {
     const auto scored = static_cast<int32_t>(live.prompt_logprobs.size());
     if (live.first_token == absl::Time() && position == scored &&
@@ -142,9 +148,13 @@ absl::Status Engine::TakeLogits(const scheduler::Planned& planned, int32_t posit
 void Engine::Deliver(const scheduler::Planned& planned, SampledToken sampled) {
   Live& live = *sequences_.at(planned.id);
   const SamplingParams& sampling = live.request.sampling;
-  Output& output = outputs_.emplace_back();
-  output.id = planned.id;
-  output.token_offset = live.generated_count();
+  // All tokens of a sequence in one output, but an error behind them in its own.
+  if (outputs_.empty() || outputs_.back().id != planned.id || sampled.id < 0) {
+    Output& added = outputs_.emplace_back();
+    added.id = planned.id;
+    added.token_offset = live.generated_count();
+  }
+  Output& output = outputs_.back();
   if (sampled.id < 0) {
     output.error = absl::InternalError("the model's logits are not numbers");
     return;

@@ -27,6 +27,7 @@ struct Request {
   std::vector<int32_t> generated;  // before a replay; the run goes on after it with the bits of an undisturbed one
   SamplingParams sampling;
   int32_t priority = 0;
+  int32_t max_drafts = INT32_MAX;  // the scheduler's own limit holds too
 };
 
 // What one step gave one sequence.
@@ -63,7 +64,8 @@ class Engine {
   void Cancel(SequenceId id);
   bool has_work() const { return !sequences_.empty(); }
 
-  // Runs one step if there is work and returns its outputs. An error is the end of the group.
+  // Runs one step if there is work and returns its outputs, one for each sequence but before an error. An error is the
+  // end of the group.
   absl::StatusOr<std::vector<Output>> Step();
   // Tells the other ranks that rank 0 lives; call at least every few seconds while there is no work.
   absl::Status Heartbeat();

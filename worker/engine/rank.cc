@@ -53,19 +53,20 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const kernels::Back
   const weights::KvAdvice advice = prepared.checkpoint->kv_advice();
   prepared.kv = options.kv.empty() ? advice.format : options.kv;
   RW_ASSIGN_OR_RETURN(const kv::KvChoice kv, kv::ParseKvChoice(prepared.kv));
-  if (options.observes && (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache)) {
-    return absl::InvalidArgumentError("observing K and V needs kv=f32 and no prefix cache");
+  if (options.observes &&
+      (kv.format != kernels::KvFormat::kF32 || options.has_prefix_cache || options.max_drafts > 0)) {
+    return absl::InvalidArgumentError("observing K and V needs kv=f32, no prefix cache and no speculation");
   }
   if (const int64_t longest = LongestContext(config); options.max_tokens > longest) {
     return absl::InvalidArgumentError(
         absl::StrCat("max_tokens=", options.max_tokens, " exceeds the model's context of ", longest));
   }
   if (options.max_tokens < 0 || options.max_running < 1 || options.max_step_rows < options.max_running ||
-      options.max_chunk_rows < 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("max_tokens=", options.max_tokens, ", max_running=", options.max_running,
-                     ", max_step_rows=", options.max_step_rows, ", max_chunk_rows=", options.max_chunk_rows,
-                     ": all must be positive and max_step_rows at least max_running"));
+      options.max_chunk_rows < 1 || options.max_drafts < 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "max_tokens=", options.max_tokens, ", max_running=", options.max_running, ", max_step_rows=",
+        options.max_step_rows, ", max_chunk_rows=", options.max_chunk_rows, ", max_drafts=", options.max_drafts,
+        ": all must be positive, but drafts may be 0, and max_step_rows at least max_running"));
   }
   RW_RETURN_IF_ERROR(prepared.checkpoint->Verify(prepared.plan));
   model::DecoderOptions& decoder = prepared.decoder;
@@ -159,7 +160,8 @@ absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& back
                             .max_chunk_rows = std::min(options.max_chunk_rows, options.max_step_rows),
                             .max_positions = max_positions,
                             .max_waiting = options.max_waiting,
-                            .has_prefix_cache = options.has_prefix_cache};
+                            .has_prefix_cache = options.has_prefix_cache,
+                            .max_drafts = options.max_drafts};
   return rank;
 }
 

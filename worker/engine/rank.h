@@ -28,7 +28,9 @@ struct RankOptions {
   int32_t max_chunk_rows = 512;
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
-  // Calibration: statistics of K, V and the inputs of linear layers are kept; needs kv f32 and no prefix cache.
+  int32_t max_drafts = 8;  // tokens guessed by prompt lookup for one sequence in one step; 0: none
+  // Calibration: statistics of K, V and the inputs of linear layers are kept; needs kv f32, no prefix cache and no
+  // drafts, whose rows may be no part of any text.
   bool observes = false;
   absl::Duration collective_timeout = absl::Seconds(60);
 };
