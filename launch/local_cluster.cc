@@ -43,11 +43,15 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(ClusterOptions
   std::unique_ptr<LocalCluster> cluster(
       new LocalCluster(std::move(options), std::move(folder), std::move(shared_memory)));
   RW_RETURN_IF_ERROR(cluster->MakeCredentials());
-  cluster->programs_.push_back({.name = "coordinator", .options = cluster->CoordinatorOptions()});
+  cluster->programs_.push_back({.name = "coordinator",
+                                .options = cluster->CoordinatorOptions(),
+                                .policy = RestartPolicy(cluster->options_.healthy_after)});
   RW_RETURN_IF_ERROR(cluster->StartProgram(cluster->programs_[0]));
   RW_RETURN_IF_ERROR(cluster->WaitEndpoint());
   for (int i = 0; i < cluster->options_.replicas; ++i) {
-    cluster->programs_.push_back({.name = absl::StrCat("group-", i), .options = cluster->GroupOptions(i)});
+    cluster->programs_.push_back({.name = absl::StrCat("group-", i),
+                                  .options = cluster->GroupOptions(i),
+                                  .policy = RestartPolicy(cluster->options_.healthy_after)});
     RW_RETURN_IF_ERROR(cluster->StartProgram(cluster->programs_.back()));
   }
   return cluster;
@@ -126,8 +130,12 @@ ChildOptions LocalCluster::GroupOptions(int index) const {
     child.command.insert(child.command.end(), {"--tls-cert", tls.tls_cert, "--tls-key", tls.tls_key});
   child.command.insert(child.command.end(), options_.worker_flags.begin(), options_.worker_flags.end());
   // Open MPI refuses root without these two words.
+  // Each group has its own folder: two mpiruns that begin at once and make the same one are one too many.
+  const std::string session = absl::StrCat(folder_.path(), "/", index);
+  std::error_code error;
+  std::filesystem::create_directory(session, error);  // mpirun says it better than we could
   child.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-                       absl::StrCat("TMPDIR=", folder_.path())};
+                       absl::StrCat("TMPDIR=", session)};
   if (!options_.log_folder.empty()) child.log_path = absl::StrCat(options_.log_folder, "/group-", index, ".log");
   return child;
 }

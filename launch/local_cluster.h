@@ -37,6 +37,8 @@ struct ClusterOptions {
   absl::Duration start_timeout = absl::Seconds(30);
   // How long live requests may take to finish in a drain. What has not ended some seconds later is killed.
   absl::Duration drain_timeout = absl::Seconds(30);
+  // A program that has run for so long may fail again as if for the first time.
+  absl::Duration healthy_after = RestartPolicy::kHealthy;
 };
 
 // A coordinator and its worker groups on this host. States: running → (Drain, or the coordinator drained by somebody
