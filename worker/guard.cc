@@ -18,32 +18,39 @@ struct Message {
 };
 
 // Only what a forked child may do: no allocation, no lock.
-[[noreturn]] void Watch(int pipe, pid_t guarded, int patience_ms) {
+[[noreturn]] void Watch(int pipe, pid_t guarded, int patience_ms, int start_patience_ms) {
   setpgid(0, 0);  // what stops the rank's process group must not stop its guard
   prctl(PR_SET_NAME, "rankwise-guard");
   for (const int signal : {SIGTERM, SIGINT, SIGHUP}) ::signal(signal, SIG_IGN);
   close(STDIN_FILENO);
   close(STDOUT_FILENO);
   Message latest;
-  for (bool is_armed = false;;) {
+  bool has_begun = false;
+  for (int wait_ms = start_patience_ms;;) {
     pollfd event{pipe, POLLIN, 0};
-    const int ready = poll(&event, 1, is_armed ? patience_ms : -1);
+    const int ready = poll(&event, 1, wait_ms);
     if (ready < 0 && errno == EINTR) continue;
     if (ready == 0) break;
     if (read(pipe, &latest, sizeof latest) != sizeof latest) _exit(0);  // the rank has ended
-    is_armed = latest.beat.is_leaving == 0;
+    has_begun = true;
+    wait_ms = latest.beat.is_leaving == 0 ? patience_ms : -1;
   }
-  dprintf(STDERR_FILENO,
-          "rankwise-guard: rank %d on %s stood still for %d ms (step %llu, %s, call %llu) and is killed\n", latest.rank,
-          latest.beat.host, patience_ms, static_cast<unsigned long long>(latest.beat.activity.step),
-          Name(latest.beat.activity.collective), static_cast<unsigned long long>(latest.beat.activity.calls));
+  if (has_begun) {
+    dprintf(STDERR_FILENO,
+            "rankwise-guard: rank %d on %s stood still for %d ms (step %llu, %s, call %llu) and is killed\n",
+            latest.rank, latest.beat.host, patience_ms, static_cast<unsigned long long>(latest.beat.activity.step),
+            Name(latest.beat.activity.collective), static_cast<unsigned long long>(latest.beat.activity.calls));
+  } else {
+    dprintf(STDERR_FILENO, "rankwise-guard: process %d met no other rank within %d ms and is killed\n", guarded,
+            start_patience_ms);
+  }
   kill(guarded, SIGKILL);
   _exit(0);
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Guard>> Guard::Start(absl::Duration patience) {
+absl::StatusOr<std::unique_ptr<Guard>> Guard::Start(absl::Duration patience, absl::Duration start_patience) {
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) return absl::ErrnoToStatus(errno, "guard: pipe");
   const pid_t guarded = getpid();
@@ -51,7 +58,8 @@ absl::StatusOr<std::unique_ptr<Guard>> Guard::Start(absl::Duration patience) {
   if (child < 0) return absl::ErrnoToStatus(errno, "guard: fork");
   if (child == 0) {
     close(ends[1]);
-    Watch(ends[0], guarded, static_cast<int>(absl::ToInt64Milliseconds(patience)));
+    Watch(ends[0], guarded, static_cast<int>(absl::ToInt64Milliseconds(patience)),
+          static_cast<int>(absl::ToInt64Milliseconds(start_patience)));
   }
   close(ends[0]);
   fcntl(ends[1], F_SETFL, O_NONBLOCK);

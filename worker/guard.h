@@ -13,14 +13,15 @@ namespace rankwise {
 // Ends with this process.
 class Guard {
  public:
-  // Forks: call it before there is a thread. An error of the system, when it cannot.
-  static absl::StatusOr<std::unique_ptr<Guard>> Start(absl::Duration patience);
+  // Forks: call it before there is a thread. `start_patience` is for the first beat: until then ranks wait for each
+  // other where nobody watches, in the start of MPI. An error of the system, when it cannot.
+  static absl::StatusOr<std::unique_ptr<Guard>> Start(absl::Duration patience, absl::Duration start_patience);
   ~Guard();
 
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
-  // This process lives; `rank` is for the guard's words. The first one arms the guard, a leaving one disarms it. Never
+  // This process lives; `rank` is for the guard's words. A leaving one disarms the guard. Never
   // blocks. One thread.
   void Take(int rank, const comm::Beat& beat) const;
 

@@ -33,7 +33,7 @@ Ended RunGuarded(int beats, bool stops) {
     close(ends[0]);
     close(ends[1]);
     signal(SIGPIPE, SIG_IGN);
-    const auto guard = Guard::Start(absl::Milliseconds(300));
+    const auto guard = Guard::Start(absl::Milliseconds(300), absl::Milliseconds(600));
     comm::Beat beat{.activity = {.step = 5, .calls = 6, .collective = comm::Collective::kGather}};
     std::strcpy(beat.host, "here");
     for (int i = 0; i < beats; ++i) {
@@ -58,6 +58,14 @@ TEST(GuardTest, KillsAProcessThatStandsStillAndSaysWhere) {
   ASSERT_TRUE(WIFSIGNALED(ended.wait_status));
   EXPECT_EQ(WTERMSIG(ended.wait_status), SIGKILL);
   EXPECT_THAT(ended.said, HasSubstr("rank 3 on here stood still for 300 ms (step 5, Gather, call 6)"));
+  EXPECT_LT(ended.took, absl::Seconds(5));
+}
+
+TEST(GuardTest, KillsAProcessThatNeverBegins) {
+  const Ended ended = RunGuarded(0, true);
+  ASSERT_TRUE(WIFSIGNALED(ended.wait_status));
+  EXPECT_THAT(ended.said, HasSubstr("met no other rank within 600 ms"));
+  EXPECT_GE(ended.took, absl::Milliseconds(600));
   EXPECT_LT(ended.took, absl::Seconds(5));
 }
 

@@ -34,6 +34,7 @@ constexpr int kExitConfiguration = 2;  // bad flags or a model that cannot be se
 constexpr int kExitFailure = 3;        // a lost rank or coordinator: starting again may help
 
 constexpr absl::Duration kLinkHeartbeat = absl::Milliseconds(500);
+constexpr absl::Duration kStartPatience = absl::Minutes(1);  // until all ranks have met
 
 struct Flags {
   engine::RankOptions rank;
@@ -233,14 +234,14 @@ absl::StatusOr<std::unique_ptr<comm::MpiHeartbeat>> StartHeartbeat(const comm::M
     spdlog::error("rank {}: {}", mpi.rank(), std::string(status.message()));
     mpi.Abort(kExitFailure);
   };
-  return comm::MpiHeartbeat::Start(mpi, activity, std::move(options), absl::Minutes(1));
+  return comm::MpiHeartbeat::Start(mpi, activity, std::move(options), kStartPatience);
 }
 
 int Run(Flags& flags) {
   const absl::Duration patience = absl::Seconds(flags.hang_timeout_seconds);
   std::unique_ptr<Guard> guard;  // before MPI has threads
   if (patience > absl::ZeroDuration()) {
-    auto started = Guard::Start(patience);
+    auto started = Guard::Start(patience, kStartPatience);
     if (!started.ok()) {
       spdlog::error("{}", std::string(started.status().message()));
       return kExitFailure;
@@ -254,7 +255,7 @@ int Run(Flags& flags) {
   }
   comm::MpiSession& mpi = **session;
   comm::Activity activity;
-  auto unwatched = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
+  auto unwatched = comm::CreateGroupCommunicator(mpi, kStartPatience);
   if (!unwatched.ok()) {
     spdlog::error("{}", std::string(unwatched.status().message()));
     mpi.Abort(kExitFailure);

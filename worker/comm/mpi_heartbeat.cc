@@ -1,6 +1,7 @@
 #include "worker/comm/mpi_heartbeat.h"
 
 #include <mpi.h>
+#include <pthread.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -82,6 +83,7 @@ class Heartbeat final : public MpiHeartbeat {
   };
 
   void Run() {
+    pthread_setname_np(pthread_self(), "heartbeat");
     absl::Status health;
     for (bool is_last = false; health.ok() && !is_last;) {
       {
