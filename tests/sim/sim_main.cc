@@ -1,5 +1,7 @@
 // The simulation at scale: a trace or a made-up load on many groups, with faults, in virtual time.
 
+#include <sys/resource.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <random>
@@ -75,8 +77,12 @@ int Report(const Flags& flags, const Outcome& outcome, absl::Duration took) {
     squares += static_cast<double>(tokens) * static_cast<double>(tokens);
   }
   const double jain = squares == 0 ? 1 : sum * sum / (squares * static_cast<double>(outcome.tokens_by_tenant.size()));
-  absl::PrintF("groups %d, requests %d, virtual time %.1f s, %d events in %.1f s\n", flags.groups, outcome.arrived,
-               absl::ToDoubleSeconds(outcome.virtual_time), outcome.events, absl::ToDoubleSeconds(took));
+  rusage used{};
+  getrusage(RUSAGE_SELF, &used);
+  const double cpu_seconds = static_cast<double>(used.ru_utime.tv_sec + used.ru_stime.tv_sec);
+  absl::PrintF("groups %d, requests %d, virtual time %.1f s, %d events in %.1f s, CPU %.0f s, %d MiB\n", flags.groups,
+               outcome.arrived, absl::ToDoubleSeconds(outcome.virtual_time), outcome.events,
+               absl::ToDoubleSeconds(took), cpu_seconds, used.ru_maxrss >> 10);
   absl::PrintF("whole %d, refused %d, failed %d; faults %d, replays %d, late outputs refused %d\n", outcome.whole,
                outcome.refused, outcome.failed, outcome.faults, outcome.replays, outcome.late_outputs);
   absl::PrintF("goodput %.0f tokens/s, time to first token p50 %.1f ms, p99 %.1f ms, fairness (Jain) %.4f\n",
