@@ -59,6 +59,8 @@ void ResumingStream::Dial() {
 bool ResumingStream::Read(GenerateResponse* piece) {
   while (!has_ended_) {
     if (reader_->Read(piece)) {
+      // The coordinator cannot know that the end of a sample has come through, and tells it again.
+      if (piece->index() < has_finished_.size() && has_finished_[piece->index()]) continue;
       Note(*piece);
       return true;
     }

@@ -266,6 +266,31 @@ TEST_F(ResumeTest, ADrainLeavesWhatIsUnfinishedToTheJournal) {
   }
 }
 
+TEST_F(ResumeTest, ASampleEndsOnceAlsoWhenItsStreamIsResumed) {
+  CoordinatorOptions options;
+  options.journal.folder = folder_;
+  Start(options);
+  options.listen = coordinator_->endpoint();
+  GenerateRequest request = Lingering("r", 20, 2);
+  request.add_stop(OracleText(0, 2));  // ends sample 0 alone
+  ASSERT_THAT(OracleText(1, 20), ::testing::Not(HasSubstr(request.stop(0))));
+  std::map<uint32_t, int> ends;
+  const auto worker = AddWorker(5);
+  const auto stub = rankwise::v1::Inference::NewStub(
+      grpc::CreateChannel(coordinator_->endpoint(), grpc::InsecureChannelCredentials()));
+  launch::ResumingStream stream(*stub, request, {.deadline = absl::Now() + kPatience});
+  rankwise::v1::GenerateResponse piece;
+  while (ends[0] == 0 && stream.Read(&piece)) ends[piece.index()] += piece.has_finish();
+  coordinator_->Drain(absl::Milliseconds(50), [] { return false; });
+  Start(options);
+  const auto second = AddWorker();
+  while (stream.Read(&piece)) ends[piece.index()] += piece.has_finish();
+  EXPECT_TRUE(stream.Finish().ok()) << stream.Finish();
+  EXPECT_GE(stream.resumes(), 1);
+  EXPECT_EQ(ends[0], 1);
+  EXPECT_EQ(ends[1], 1);
+}
+
 TEST_F(ResumeTest, AnotherModelDoesNotGoOnWithIt) {
   CoordinatorOptions options;
   options.journal.folder = folder_;
