@@ -57,6 +57,8 @@ absl::StatusOr<worker::v1::Welcome> Cluster::Join(const worker::v1::Join& join, 
   group.join = join;
   group.channel = channel;
   group.heard = group.moved = now;
+  group.room = rooms_.size();
+  rooms_.push_back({.epoch = epoch, .group = group.id, .free = group.limit()});
   worker::v1::Welcome welcome;
   welcome.set_group(group.id);
   welcome.set_epoch(epoch);
@@ -164,6 +166,9 @@ void Cluster::DropEpoch(uint64_t epoch, const absl::Status& reason, absl::Time n
   // Not a range loop: a request that fails here takes its other sequences out of the group.
   while (!found->second.sequences.empty()) Requeue(*found->second.sequences.begin(), now);
   found->second.channel->Close(reason);
+  groups_.at(rooms_.back().epoch).room = found->second.room;
+  rooms_[found->second.room] = rooms_.back();
+  rooms_.pop_back();
   groups_.erase(found);
   if (groups_.empty()) alone_since_ = now;
   Dispatch();
@@ -172,7 +177,7 @@ void Cluster::DropEpoch(uint64_t epoch, const absl::Status& reason, absl::Time n
 void Cluster::Requeue(uint64_t number, absl::Time now) {
   Sequence& sequence = sequences_.at(number);
   LiveRequest& live = requests_.at(sequence.request);
-  groups_.at(sequence.epoch).sequences.erase(number);
+  Release(groups_.at(sequence.epoch), number);
   Charge(sequence, -OutstandingTokens(sequence));
   sequence.epoch = 0;
   sequence.pending_since = now;
@@ -196,22 +201,28 @@ uint64_t Cluster::Group::limit() const {
       1, std::min(uint64_t{join.max_running()} + join.max_running() / 2, uint64_t{join.max_waiting()}));
 }
 
-Cluster::Group* Cluster::LeastLoaded() {
-  Group* best = nullptr;
-  for (auto& [epoch, group] : groups_) {
-    if (group.sequences.size() >= group.limit()) continue;
+const Cluster::Room* Cluster::LeastLoaded() const {
+  const Room* best = nullptr;
+  for (const Room& room : rooms_) {
+    if (room.free == 0) continue;
     if (best == nullptr ||
-        std::tie(group.outstanding_tokens, group.id) < std::tie(best->outstanding_tokens, best->id)) {
-      best = &group;
+        std::tie(room.outstanding_tokens, room.group) < std::tie(best->outstanding_tokens, best->group)) {
+      best = &room;
     }
   }
   return best;
 }
 
+void Cluster::Hold(Group& group, uint64_t number) {
+  if (group.sequences.insert(number).second) --rooms_[group.room].free;
+}
+
+void Cluster::Release(Group& group, uint64_t number) { rooms_[group.room].free += group.sequences.erase(number); }
+
 void Cluster::Dispatch() {
   while (pending_.size() > 0) {
-    Group* group = LeastLoaded();
-    if (group == nullptr) return;
+    const Room* room = LeastLoaded();
+    if (room == nullptr) return;
     const std::optional<uint64_t> number = pending_.Next(share_);
     Sequence& sequence = sequences_.at(*number);
     RemovePending(*number);
@@ -219,15 +230,14 @@ void Cluster::Dispatch() {
       const Request& request = requests_.at(sequence.request).request;
       share_.Pay(request.tenant, FairShare::kPromptUnits * request.sequence.prompt_size());
     }
-    for (const auto& [epoch, candidate] : groups_) {
-      if (&candidate == group) sequence.epoch = epoch;
-    }
+    sequence.epoch = room->epoch;
     sequence.generated_before = sequence.generated.size();
-    group->sequences.insert(*number);
+    Group& group = groups_.at(room->epoch);
+    Hold(group, *number);
     Charge(sequence, OutstandingTokens(sequence));
     ToGroup message;
     *message.mutable_submit() = MakeSubmit(*number);
-    group->channel->Send(std::move(message));
+    group.channel->Send(std::move(message));
   }
 }
 
@@ -393,6 +403,14 @@ void Cluster::Tick(absl::Time now) {
   Dispatch();
 }
 
+void Cluster::Excuse(absl::Duration time, absl::Time now) {
+  absl::MutexLock lock(&mutex_);
+  for (auto& [epoch, group] : groups_) {
+    group.heard = std::min(group.heard + time, now);
+    group.moved = std::min(group.moved + time, now);
+  }
+}
+
 absl::Status Cluster::CheckAlive(const Group& group, absl::Time now) const {
   if (now - group.heard > options_.group_timeout) {
     return absl::UnavailableError(absl::StrCat("no heartbeat for ", absl::FormatDuration(now - group.heard)));
@@ -412,7 +430,7 @@ void Cluster::Erase(uint64_t number, bool tells_group) {
   } else {
     Charge(sequence, -OutstandingTokens(sequence));
     Group& group = groups_.at(sequence.epoch);
-    group.sequences.erase(number);
+    Release(group, number);
     if (tells_group) {
       ToGroup message;
       message.mutable_cancel()->add_sequences(number);
@@ -469,7 +487,7 @@ int64_t Cluster::OutstandingTokens(const Sequence& sequence) const {
 }
 
 void Cluster::Charge(const Sequence& sequence, int64_t tokens) {
-  groups_.at(sequence.epoch).outstanding_tokens += tokens;
+  rooms_[groups_.at(sequence.epoch).room].outstanding_tokens += tokens;
 }
 
 void Cluster::AddPending(uint64_t number) {
@@ -552,11 +570,13 @@ void Cluster::CheckInvariants() const {
   }
   RW_CHECK(pending == pending_.size());
   for (const auto& [epoch, group] : groups_) {
-    RW_CHECK(group.sequences.size() <= group.limit());
-    RW_CHECK(group_tokens[epoch] == group.outstanding_tokens);
+    const Room& room = rooms_.at(group.room);
+    RW_CHECK(room.epoch == epoch && room.group == group.id);
+    RW_CHECK(room.free + group.sequences.size() == group.limit());
+    RW_CHECK(group_tokens[epoch] == room.outstanding_tokens);
     held -= group.sequences.size();
   }
-  RW_CHECK(held == 0);
+  RW_CHECK(held == 0 && rooms_.size() == groups_.size());
   for (const auto& [key, live] : requests_) {
     RW_CHECK(!live.sequences.empty() && keys_.at(live.request.id) == key);
     owned += live.sequences.size();

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/node_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
@@ -109,6 +110,8 @@ class Cluster {
 
   // Expires deadlines, waits and silent groups. Call it every few tens of milliseconds.
   void Tick(absl::Time now);
+  // This process stood still for `time`, until now: what it did not hear meanwhile is no group's silence.
+  void Excuse(absl::Duration time, absl::Time now);
   // From now on no request is accepted.
   void StartDrain();
   // Tells all groups to finish and end, and lets none join.
@@ -132,9 +135,16 @@ class Cluster {
     absl::Time moved;  // a load or outputs: its engine got on
     rankwise::v1::GroupLoad load;
     std::set<uint64_t> sequences;
-    int64_t outstanding_tokens = 0;
+    size_t room = 0;  // its place in rooms_
 
     uint64_t limit() const;
+  };
+  // What routing wants to know of a group. Side by side, because each sequence that is sent looks at every group.
+  struct Room {
+    uint64_t epoch = 0;
+    uint64_t group = 0;  // its id
+    int64_t outstanding_tokens = 0;
+    uint64_t free = 0;  // sequences that it still takes
   };
   struct LiveRequest {
     Request request;
@@ -165,7 +175,9 @@ class Cluster {
   void DropEpoch(uint64_t epoch, const absl::Status& reason, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Requeue(uint64_t number, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Dispatch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Group* LeastLoaded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  const Room* LeastLoaded() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // null: all are full
+  void Hold(Group& group, uint64_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Release(Group& group, uint64_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   worker::v1::Submit MakeSubmit(uint64_t number) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // OK, or why the group is lost.
   absl::Status CheckAlive(const Group& group, absl::Time now) const;
@@ -189,10 +201,11 @@ class Cluster {
   const ClusterOptions options_;
   mutable absl::Mutex mutex_;
   std::map<uint64_t, Group> groups_ ABSL_GUARDED_BY(mutex_);  // by epoch
-  std::map<RequestKey, LiveRequest> requests_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Room> rooms_ ABSL_GUARDED_BY(mutex_);           // of all groups, in no order
+  absl::node_hash_map<RequestKey, LiveRequest> requests_ ABSL_GUARDED_BY(mutex_);
   std::set<std::pair<absl::Time, RequestKey>> deadlines_ ABSL_GUARDED_BY(mutex_);  // the finite ones
   absl::flat_hash_map<std::string, RequestKey> keys_ ABSL_GUARDED_BY(mutex_);      // by request id
-  std::map<uint64_t, Sequence> sequences_ ABSL_GUARDED_BY(mutex_);
+  absl::node_hash_map<uint64_t, Sequence> sequences_ ABSL_GUARDED_BY(mutex_);
   PendingQueue pending_ ABSL_GUARDED_BY(mutex_);
   FairShare share_ ABSL_GUARDED_BY(mutex_);
   uint64_t live_tokens_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -402,6 +402,17 @@ TEST(EndingTest, CancelsReachTheGroup) {
   cluster.CheckInvariants();
 }
 
+TEST(TimeTest, ACoordinatorThatStoodStillBlamesNobody) {
+  Cluster cluster({.group_timeout = absl::Seconds(2)});
+  SimulatedGroup group(cluster, kStart);
+  const absl::Time woken = kStart + absl::Seconds(7);
+  cluster.Excuse(absl::Seconds(6), woken);
+  cluster.Tick(woken);
+  EXPECT_TRUE(cluster.is_serving());
+  cluster.Tick(woken + absl::Seconds(2));  // silent for 3 s that count
+  EXPECT_FALSE(cluster.is_serving());
+}
+
 TEST(TimeTest, ASilentGroupIsLostAndAnAbsentOneIsWaitedFor) {
   Cluster cluster({.group_timeout = absl::Seconds(10), .group_wait = absl::Seconds(30)});
   absl::Time now = kStart;

@@ -3,12 +3,15 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 
 #include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
@@ -22,10 +25,20 @@ namespace rankwise::frontend {
 namespace {
 
 constexpr absl::Duration kTick = absl::Milliseconds(20);
+constexpr absl::Duration kStandstill = absl::Milliseconds(500);  // from tick to tick: somebody stopped this process
 constexpr absl::Duration kGroupGoodbye = absl::Seconds(3);
 constexpr char kServiceName[] = "rankwise.v1.Inference";
 // Of one group's step: its sequences' tokens, with the alternatives of a whole prompt.
 constexpr int kMaxMessageBytes = 64 << 20;
+
+// The library registers reflection for every server, as soon as it is linked.
+class WithoutReflection final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    std::erase_if(*plugins, [](const auto& plugin) { return absl::StrContains(plugin->name(), "reflection"); });
+  }
+};
 
 struct Listening {
   std::unique_ptr<grpc::Server> server;
@@ -33,8 +46,9 @@ struct Listening {
 };
 
 absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<grpc::Service*>& services,
-                                 const wire::Credentials& credentials) {
+                                 const wire::Credentials& credentials, bool has_reflection) {
   grpc::ServerBuilder builder;
+  if (!has_reflection) builder.SetOption(std::make_unique<WithoutReflection>());
   int port = 0;
   builder.AddListeningPort(address, wire::ServerCredentials(credentials), &port);
   // Else a second coordinator at the same address would take half of the connections.
@@ -73,14 +87,15 @@ class GrpcCoordinator final : public Coordinator {
 
   absl::Status Start(const CoordinatorOptions& options) {
     const bool is_shared = options.worker_listen.empty();
+    const bool has_reflection = options.client_credentials.token.empty() && options.worker_credentials.token.empty();
     std::vector<grpc::Service*> services = {&inference_};
     if (is_shared) services.push_back(&groups_);
-    auto clients = Listen(options.listen, services, options.client_credentials);
+    auto clients = Listen(options.listen, services, options.client_credentials, has_reflection);
     if (!clients.ok()) return clients.status();
     clients_ = *std::move(clients);
     worker_endpoint_ = clients_.endpoint;
     if (!is_shared) {
-      auto workers = Listen(options.worker_listen, {&groups_}, options.worker_credentials);
+      auto workers = Listen(options.worker_listen, {&groups_}, options.worker_credentials, has_reflection);
       if (!workers.ok()) return workers.status();
       workers_ = *std::move(workers);
       worker_endpoint_ = workers_.endpoint;
@@ -123,8 +138,14 @@ class GrpcCoordinator final : public Coordinator {
 
   void Tick() {
     bool was_serving = false;
+    absl::Time ticked = absl::Now();
     do {
       const absl::Time now = absl::Now();
+      const absl::Duration passed = now - std::exchange(ticked, now);
+      if (passed > kStandstill) {
+        spdlog::warn("stood still for {}", absl::FormatDuration(passed));
+        cluster_.Excuse(passed, now);
+      }
       cluster_.Tick(now);
       inference_.Tick(now);
       if (const bool is_serving = cluster_.is_serving(); is_serving != was_serving) {
@@ -162,10 +183,9 @@ class GrpcCoordinator final : public Coordinator {
 absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const CoordinatorOptions& options,
                                                                 const text::Tokenizer* tokenizer) {
   static std::once_flag once;
-  std::call_once(once, [&options] {
+  std::call_once(once, [] {
     grpc::EnableDefaultHealthCheckService(true);
-    const bool has_token = !options.client_credentials.token.empty() || !options.worker_credentials.token.empty();
-    if (!has_token) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   });
   std::unique_ptr<journal::Journal> journal;
   if (!options.journal.folder.empty()) {
