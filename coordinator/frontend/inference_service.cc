@@ -1,6 +1,7 @@
 #include "coordinator/frontend/inference_service.h"
 
 #include <algorithm>
+#include <iterator>
 #include <random>
 #include <utility>
 #include <vector>
@@ -24,6 +25,9 @@ using rankwise::v1::GenerateResponse;
 namespace {
 
 constexpr int kMaxDetokenizeIds = 1 << 20;
+// Of what a tick begins: each may wait for the journal's disk, and meanwhile nobody looks after groups and deadlines.
+constexpr absl::Duration kTickBudget = absl::Milliseconds(50);
+constexpr absl::Duration kDropInterval = absl::Milliseconds(250);  // each looks at every stream that is kept
 
 grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context, const absl::Status& status = absl::OkStatus()) {
   auto* reactor = context->DefaultReactor();
@@ -76,7 +80,8 @@ InferenceService::InferenceService(cluster::Cluster* cluster, Options options)
       token_(std::move(options.token)),
       id_base_(FreshSeed()),
       kept_(options.max_kept_bytes) {
-  if (journal_ != nullptr) recovered_ = journal_->TakeRecovered();
+  if (journal_ != nullptr) std::ranges::move(journal_->TakeRecovered(), std::back_inserter(recovered_));
+  has_restarted_ = recovered_.empty();
   if (!recovered_.empty()) spdlog::info("the journal has {} requests", recovered_.size());
 }
 
@@ -99,7 +104,7 @@ grpc::ServerWriteReactor<GenerateResponse>* InferenceService::Generate(grpc::Cal
     call->Refuse(authorized);
   } else if (const absl::Status checked = CheckRequest(*request); !checked.ok()) {
     call->Refuse(checked);
-  } else if (model && HasRestarted()) {
+  } else if (model && has_restarted_) {
     call->Begin(*model);
   } else if (!Wait(call)) {
     call->Refuse(
@@ -108,11 +113,6 @@ grpc::ServerWriteReactor<GenerateResponse>* InferenceService::Generate(grpc::Cal
                                 absl::Seconds(5)));
   }
   return call;
-}
-
-bool InferenceService::HasRestarted() {
-  absl::MutexLock lock(&mutex_);
-  return recovered_.empty();
 }
 
 absl::Status InferenceService::SubmitStream(const std::shared_ptr<RequestStream>& stream, cluster::Request request,
@@ -173,6 +173,8 @@ void InferenceService::Restart(journal::JournaledRequest request, const rankwise
 }
 
 void InferenceService::DropExpired(absl::Time now) {
+  if (now - dropped_ < kDropInterval) return;
+  dropped_ = now;
   for (const auto& stream : kept_.TakeExpired(now)) {
     cluster_->Forget(stream->key());
     if (journal_ != nullptr) journal_->Forget(stream->request_id());
@@ -199,15 +201,19 @@ void InferenceService::Tick(absl::Time now) {
   const auto model = cluster_->model();
   DropExpired(now);
   absl::MutexLock lock(&mutex_);
-  if (model) {
-    for (journal::JournaledRequest& request : recovered_) Restart(std::move(request), *model, now);
-    recovered_.clear();
+  const absl::Time enough = absl::Now() + kTickBudget;
+  for (; model && !recovered_.empty() && absl::Now() < enough; recovered_.pop_front()) {
+    Restart(std::move(recovered_.front()), *model, now);
   }
+  has_restarted_ = recovered_.empty();
+  // Only then: some of the calls resume these.
+  const bool may_begin = model && recovered_.empty();
   std::erase_if(waiting_, [&](GenerateCall* call) {
-    if (model) {
+    if (may_begin && absl::Now() < enough) {
       call->Begin(*model);
       return true;
     }
+    if (may_begin) return false;  // the next tick's
     const absl::Status over = WaitIsOver(*call, now);
     if (!over.ok()) call->Refuse(over);
     return !over.ok();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <memory>
 #include <set>
 #include <string>
@@ -50,7 +51,8 @@ class InferenceService final : public rankwise::v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context, const rankwise::v1::DrainRequest* request,
                                   rankwise::v1::DrainResponse* response) override;
 
-  // Begins the calls that waited for the first group, and ends what has waited long enough. Called after Cluster::Tick.
+  // Begins what the journal has and the calls that waited for the first group, as much as fits a tick, and ends what
+  // has waited long enough. Called after Cluster::Tick.
   void Tick(absl::Time now);
 
  private:
@@ -67,7 +69,6 @@ class InferenceService final : public rankwise::v1::Inference::CallbackService {
   void DropExpired(absl::Time now);
   // False when too many wait already.
   bool Wait(GenerateCall* call);
-  bool HasRestarted();
   void StopWaiting(GenerateCall* call);
   absl::Status WaitIsOver(const GenerateCall& call, absl::Time now) const;
 
@@ -80,10 +81,13 @@ class InferenceService final : public rankwise::v1::Inference::CallbackService {
   std::atomic<uint64_t> next_id_{1};
 
   KeptStreams kept_;
+  absl::Time dropped_ = absl::InfinitePast();  // of Tick: when expired streams were looked for
 
+  std::atomic<bool> has_restarted_ =
+      false;  // nothing is recovered_: calls need not wait for the lock, which a tick holds
   absl::Mutex mutex_;
-  std::vector<journal::JournaledRequest> recovered_ ABSL_GUARDED_BY(mutex_);  // not yet submitted again
-  std::set<GenerateCall*> waiting_ ABSL_GUARDED_BY(mutex_);                   // for the first group
+  std::deque<journal::JournaledRequest> recovered_ ABSL_GUARDED_BY(mutex_);  // not yet submitted again
+  std::set<GenerateCall*> waiting_ ABSL_GUARDED_BY(mutex_);                  // for the first group
   std::set<DrainCall*> drains_ ABSL_GUARDED_BY(mutex_);
 };
 
