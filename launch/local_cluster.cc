@@ -118,11 +118,12 @@ ChildOptions LocalCluster::CoordinatorOptions() const {
 ChildOptions LocalCluster::GroupOptions(int index) const {
   ChildOptions child;
   child.command = {options_.mpirun, "-n", absl::StrCat(options_.tp), "--oversubscribe", "--bind-to", "none",
-                   // One host: loopback and shared memory, and nobody to log in to.
-                   "--mca", "plm_rsh_agent", "sh", "--mca", "btl", "self,vader,tcp", "--mca", "btl_tcp_if_include",
-                   "lo", "--mca", "oob_tcp_if_include", "lo", "--mca", "btl_vader_backing_directory",
-                   shared_memory_.path(), absl::StrCat(options_.program_folder, "/rankwise-worker"), "--model",
-                   options_.model, "--coordinator", endpoint_};
+                   // One host: shared memory, and nobody to log in to. Without MPI's TCP, whose listening rank any
+                   // local caller could make wait for the rest of a greeting.
+                   "--mca", "plm_rsh_agent", "sh", "--mca", "btl", "self,vader", "--mca", "oob_tcp_if_include", "lo",
+                   "--mca", "btl_vader_backing_directory", shared_memory_.path(),
+                   absl::StrCat(options_.program_folder, "/rankwise-worker"), "--model", options_.model,
+                   "--coordinator", endpoint_};
   if (options_.has_tokens) child.command.insert(child.command.end(), {"--token-file", TokenFile("worker")});
   const wire::CredentialFiles& tls = options_.tls;
   if (!tls.tls_cert.empty()) child.command.insert(child.command.end(), {"--tls-ca", tls.tls_ca});
