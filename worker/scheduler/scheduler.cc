@@ -27,9 +27,9 @@ constexpr int32_t kNoSlot = -1;
 
 // What a sequence may guess is bounded by what it has guessed right: a row of a draft costs kDraftRow of its credit
 // when it is rejected, one that is accepted earns kAccepted, and each token a little, to try again. So of T tokens'
-// rows at most kFirstDrafts + T / kDraftRow are in vain beside those that two accepted ones each pay for, and whoever
-// guesses one in three right goes on. A row in vain costs a tenth of a small step: hopeless text pays 0.2 %.
-constexpr int32_t kDraftRow = 64, kAccepted = 128, kFirstDrafts = 4;
+// rows at most kFirstDrafts + T / kDraftRow are in vain beside those that accepted ones pay for, two each, and whoever
+// guesses one in three right goes on. A row in vain costs a fifth to a half of a decode step.
+constexpr int32_t kDraftRow = 128, kAccepted = 256, kFirstDrafts = 2;
 
 struct Entry {
   Sequence sequence;

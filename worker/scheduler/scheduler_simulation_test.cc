@@ -296,8 +296,8 @@ TEST(SchedulerSimulation, EverySequenceGetsItsOwnTokensAndEnds) {
   EXPECT_GT(finished, 10000);
   EXPECT_GT(preemptions, 10000);
   EXPECT_GT(cached_tokens, 10000);
-  EXPECT_GT(accepted, 10000);
-  EXPECT_GT(rejected, 10000);
+  EXPECT_GT(accepted, 3000);
+  EXPECT_GT(rejected, 3000);
 }
 
 }  // namespace
