@@ -45,13 +45,14 @@ std::string RequestsLine(const GetLoadResponse& load) {
 
 std::string GroupTable(const GetLoadResponse& load) {
   std::string table =
-      absl::StrFormat("%5s %5s %-11s %7s %7s %13s %9s %9s %10s %10s %8s\n", "group", "epoch", "state", "running",
-                      "waiting", "blocks free", "steps", "step ms", "prompt", "generated", "cached");
+      absl::StrFormat("%5s %5s %-11s %7s %7s %13s %9s %9s %10s %10s %8s %15s\n", "group", "epoch", "state", "running",
+                      "waiting", "blocks free", "steps", "step ms", "prompt", "generated", "cached", "guessed right");
   for (const auto& g : load.groups())
-    absl::StrAppendFormat(&table, "%5d %5d %-11s %7d %7d %13s %9d %9.2f %10d %10d %8d\n", g.group(), g.epoch(),
+    absl::StrAppendFormat(&table, "%5d %5d %-11s %7d %7d %13s %9d %9.2f %10d %10d %8d %15s\n", g.group(), g.epoch(),
                           g.serving() ? "serving" : "not serving", g.running(), g.waiting(),
                           absl::StrFormat("%d/%d", g.blocks_free(), g.blocks_total()), g.steps(),
-                          g.step_seconds() * 1e3, g.prompt_tokens(), g.generated_tokens(), g.cached_tokens());
+                          g.step_seconds() * 1e3, g.prompt_tokens(), g.generated_tokens(), g.cached_tokens(),
+                          absl::StrFormat("%d/%d", g.accepted_tokens(), g.drafted_tokens()));
   return table;
 }
 

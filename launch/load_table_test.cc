@@ -70,6 +70,9 @@ TEST(Tables, NameWhatIsThere) {
   rank.set_weight_bytes(3 << 19);
   EXPECT_EQ(RequestsLine(load), "requests 3 live of 9, 0 queued, draining\n");
   EXPECT_THAT(GroupTable(load), HasSubstr("25/100"));
+  group.set_drafted_tokens(40);
+  group.set_accepted_tokens(31);
+  EXPECT_THAT(GroupTable(load), HasSubstr(" 31/40\n"));
   EXPECT_THAT(RankTable(load), HasSubstr("node-17"));
   EXPECT_THAT(RankTable(load), HasSubstr("1.5 MiB"));
   EXPECT_EQ(SaturationLines(load), "");

@@ -212,6 +212,8 @@ class Session {
     message.set_generated_tokens(counters.generated_tokens);
     message.set_cached_tokens(load.cached_tokens);
     message.set_preemptions(load.preemptions);
+    message.set_drafted_tokens(load.drafted_tokens);
+    message.set_accepted_tokens(load.accepted_tokens);
     for (const std::string& bytes : rank_reports_) message.add_ranks()->ParseFromString(bytes);
     return message;
   }
