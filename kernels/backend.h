@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -67,6 +68,13 @@ MatrixView ColumnsOf(const MatrixView& view, int64_t begin, int64_t end);
 struct SumTree {
   std::vector<int64_t> boundaries;
 };
+
+// What inputs of quantised matrices are multiplied as. kFloat: f32, exact products. kInt8: quantised themselves, row by
+// row in groups of at most 128 columns that no chunk and no group of weights share (kernels/activation_groups.h);
+// faster and less exact, and within that arithmetic as invariant as the other. Matrices of floats are the same in both.
+enum class Activations : uint8_t { kFloat, kInt8 };
+const char* ActivationsName(Activations activations);
+std::map<std::string, Activations> ActivationsByName();  // for flags
 
 // Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
 class PackedMatrix {
@@ -230,9 +238,10 @@ struct CpuOptions {
   int threads = 0;              // 0: the CPUs this process may run on
   bool pin_threads = true;      // thread i to the i-th allowed CPU
   std::string instruction_set;  // "" the best this CPU has; "avx2", "avx512"
+  Activations activations = Activations::kFloat;
 };
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& options);
 // Scalar, double inside, one obvious loop per op: what the others are tested against.
-std::unique_ptr<Backend> CreateReferenceBackend();
+std::unique_ptr<Backend> CreateReferenceBackend(Activations activations = Activations::kFloat);
 
 }  // namespace rankwise::kernels

@@ -47,6 +47,7 @@ struct ModelShape {
 struct Bench {
   Backend& backend;
   std::function<MachineLimits()> limits;
+  bool is_int8 = false;  // the backend's activations
 
   Backend::Floats Upload(std::span<const float> host) const {
     Backend::Floats device = Must(backend.Allocate(std::ssize(host)));
@@ -72,10 +73,11 @@ struct Bench {
 
   void Print(const std::string& what, double seconds, double bytes, double flops) const {
     const MachineLimits limit = limits();
-    std::printf("%-46s %9.3f ms %8.2f GB/s (%3.0f %% of %7.2f) %9.1f GFLOP/s (%3.0f %% of %8.1f)\n", what.c_str(),
+    const double most = is_int8 ? limit.int8_ops_per_second : limit.fma_flops_per_second;
+    std::printf("%-46s %9.3f ms %8.2f GB/s (%3.0f %% of %7.2f) %9.1f %s/s (%3.0f %% of %8.1f)\n", what.c_str(),
                 seconds * 1e3, bytes / seconds / 1e9, 100 * bytes / seconds / limit.read_bytes_per_second,
-                limit.read_bytes_per_second / 1e9, flops / seconds / 1e9,
-                100 * flops / seconds / limit.fma_flops_per_second, limit.fma_flops_per_second / 1e9);
+                limit.read_bytes_per_second / 1e9, flops / seconds / 1e9, is_int8 ? "GOP" : "GFLOP",
+                100 * flops / seconds / most, most / 1e9);
     std::fflush(stdout);
   }
 
@@ -134,7 +136,7 @@ struct Bench {
                                 .group_size = kGroup};
     const MatrixView view{
         .dtype = bits == 4 ? DType::kInt4 : DType::kInt8, .rows = n_out, .cols = n_in, .grouped = &grouped};
-    MatMuls(bits == 4 ? "int4" : "int8", view, {{0, n_in}}, total_bytes, row_counts);
+    MatMuls(absl::StrFormat("int%d%s", bits, is_int8 ? " x int8" : ""), view, {{0, n_in}}, total_bytes, row_counts);
   }
 
   // A pool of `layers` layers whose cache holds `context` tokens of each of `requests` requests.
@@ -236,7 +238,16 @@ struct Flags {
 };
 
 // A model of 1.1 billion parameters, and matrices of together 277 MB.
-void RunCpu(const Bench& bench) {
+void RunCpu(const Bench& bench, const Bench& int8) {
+  for (const auto& [n_out, n_in] : {std::pair{2048, 2048}, {5632, 2048}, {2048, 5632}}) {
+    for (const int bits : {4, 8}) {
+      for (const int64_t rows : {1, 8, 32, 512}) {
+        for (const Bench* one : {&bench, &int8}) {
+          one->MatMulsGrouped(bits, n_out, n_in, bits * (int64_t{34} << 20), {rows});
+        }
+      }
+    }
+  }
   bench.MatMulsF16(5632, 2048, int64_t{270} << 20, {1, 2, 4, 8, 16, 32, 512});
   constexpr ModelShape kModel{.n_heads = 32, .n_kv_heads = 4, .head_dim = 64};
   for (const KvFormat format : {KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online, KvFormat::kInt4Online}) {
@@ -276,7 +287,11 @@ absl::Status Run(const Flags& flags) {
     RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, CreateCpuBackend(flags.cpu));
     std::printf("%s; medians of %d\n", backend->Description().c_str(), kRepeats);
     // Measured for every line: other work of the machine hits both.
-    RunCpu({*backend, [&] { return MeasureMachineLimits(flags.cpu.threads); }});
+    const auto limits = [&] { return MeasureMachineLimits(flags.cpu.threads); };
+    CpuOptions options = flags.cpu;
+    options.activations = Activations::kInt8;
+    RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> int8, CreateCpuBackend(options));
+    RunCpu({*backend, limits}, {*int8, limits, /*is_int8=*/true});
     return absl::OkStatus();
   }
   RW_ASSIGN_OR_RETURN(const CudaPlugin* plugin, OpenCudaPlugin(ProgramFolder()));

@@ -46,9 +46,14 @@ MachineLimits MeasureMachineLimits(int threads) {
 
   constexpr int64_t kIterations = 100'000;
   const int64_t bursts = 8 * team.size();
-  const double seconds = MedianSeconds(
+  const double iterations = static_cast<double>(bursts) * kIterations;
+  const double fma_seconds = MedianSeconds(
       [&] { team.For(bursts, [&](int64_t, int) { sink += static_cast<uint64_t>((*isa)->fma_burst(kIterations)); }); });
-  limits.fma_flops_per_second = static_cast<double>(bursts) * kIterations * 2 * 16 * kFmaChains / seconds;
+  limits.fma_flops_per_second = iterations * 2 * 16 * kFmaChains / fma_seconds;
+  const IntegerKernels& integers = FindIntegerKernels(**isa);
+  const double dot_seconds = MedianSeconds(
+      [&] { team.For(bursts, [&](int64_t, int) { sink += static_cast<uint64_t>(integers.dot_burst(kIterations)); }); });
+  limits.int8_ops_per_second = iterations * 2 * 64 * kDotChains / dot_seconds;
   return limits;
 }
 

@@ -10,10 +10,12 @@ namespace rankwise::kernels {
 struct MachineLimits {
   double read_bytes_per_second = 0;
   double fma_flops_per_second = 0;  // an fma counts as two
+  double int8_ops_per_second = 0;   // u8 times s8, summed in i32; a product and a sum count as two. 0 of a GPU
 };
 
-// Of this host: reading 256 MiB, far beyond any cache, and independent f32 fma chains in registers. Medians over about
-// a second with `threads` threads (0: the CPUs this process may run on). Zeros where the CPU has no AVX2.
+// Of this host: reading 256 MiB, far beyond any cache, and independent chains of f32 fma and of int8 products in
+// registers. Medians over about a second with `threads` threads (0: the CPUs this process may run on). Zeros where the
+// CPU has no AVX2.
 MachineLimits MeasureMachineLimits(int threads);
 
 // Of GPU `gpu`: the bytes read and written per second by a copy of 2 GiB within it, and the rate of a bf16 matmul

@@ -110,58 +110,6 @@ TEST_P(MatMulTest, IsExactOnSmallIntegers) {
   }
 }
 
-// Random values in the words of GroupedMatrix, written value by value as its comment says, and the f32 matrix they
-// mean.
-struct Quantised {
-  std::vector<uint32_t> qweight, qzeros;
-  std::vector<uint16_t> scales;
-  std::vector<float> dense;  // [n_out, n_in]
-  GroupedMatrix matrix;
-
-  Quantised(int64_t n_out, int64_t n_in, int32_t bits, int32_t group_size, Random& random)
-      : qweight(n_in * n_out * bits / 32),
-        qzeros(n_in / group_size * n_out * bits / 32),
-        scales(n_in / group_size * n_out),
-        dense(n_out * n_in),
-        matrix{reinterpret_cast<const std::byte*>(qweight.data()),
-               reinterpret_cast<const std::byte*>(qzeros.data()),
-               reinterpret_cast<const std::byte*>(scales.data()),
-               n_out,
-               n_in,
-               bits,
-               group_size} {
-    const std::vector<int> order = bits == 4 ? std::vector{0, 2, 4, 6, 1, 3, 5, 7} : std::vector{0, 1, 2, 3};
-    const auto per_word = static_cast<int64_t>(order.size());
-    const auto fill = [&](std::vector<uint32_t>& words, std::vector<int>& values) {
-      for (size_t w = 0; w < words.size(); ++w) {
-        for (size_t i = 0; i < order.size(); ++i) {
-          const int value = random.Int(0, (1 << bits) - 1);
-          words[w] |= static_cast<uint32_t>(value) << (i * bits);
-          values[w * per_word + order[i]] = value;
-        }
-      }
-    };
-    std::vector<int> q(n_in * n_out), zeros(n_in / group_size * n_out);
-    fill(qweight, q);
-    fill(qzeros, zeros);
-    for (uint16_t& scale : scales) scale = FloatToHalf(random.Uniform(0.001f, 0.02f));
-    for (int64_t o = 0; o < n_out; ++o) {
-      for (int64_t i = 0; i < n_in; ++i) {
-        const int64_t group = i / group_size * n_out + o;
-        dense[o * n_in + i] = static_cast<float>(q[i * n_out + o] - zeros[group]) * HalfToFloat(scales[group]);
-      }
-    }
-  }
-  Quantised(const Quantised&) = delete;
-
-  MatrixView view() const {
-    return {.dtype = matrix.bits == 4 ? DType::kInt4 : DType::kInt8,
-            .rows = matrix.n_out,
-            .cols = matrix.n_in,
-            .grouped = &matrix};
-  }
-};
-
 // Any slice, at any number of rows: the bits of the f32 matrix that the quantised one means.
 TEST_P(MatMulTest, GroupedWeightsEqualTheirFloatsToTheBit) {
   SCOPED_TRACE(testing::Message() << "seed " << TestSeed());

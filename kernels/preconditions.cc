@@ -46,6 +46,24 @@ const char* DTypeName(DType dtype) {
   return "unknown";
 }
 
+const char* ActivationsName(Activations activations) {
+  switch (activations) {
+    case Activations::kFloat:
+      return "float";
+    case Activations::kInt8:
+      return "int8";
+  }
+  return "unknown";
+}
+
+std::map<std::string, Activations> ActivationsByName() {
+  std::map<std::string, Activations> by_name;
+  for (const Activations activations : {Activations::kFloat, Activations::kInt8}) {
+    by_name[ActivationsName(activations)] = activations;
+  }
+  return by_name;
+}
+
 namespace {
 
 bool IsMatrix(const MatrixView& view) {

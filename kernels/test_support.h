@@ -69,6 +69,19 @@ class HostMatrix {
   std::vector<std::byte> bytes_;
 };
 
+// Random values in the words of GroupedMatrix, written value by value as its comment says, and the f32 matrix they
+// mean.
+struct Quantised {
+  std::vector<uint32_t> qweight, qzeros;
+  std::vector<uint16_t> scales;
+  std::vector<float> dense;  // [n_out, n_in]
+  GroupedMatrix matrix;
+
+  Quantised(int64_t n_out, int64_t n_in, int32_t bits, int32_t group_size, Random& random);
+  Quantised(const Quantised&) = delete;
+  MatrixView view() const;
+};
+
 // A StepRows that owns what it names.
 class Step {
  public:

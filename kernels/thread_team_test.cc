@@ -44,6 +44,8 @@ TEST(MachineLimitsTest, AreOfAPlausibleSize) {
   EXPECT_LT(limits.read_bytes_per_second, 1e13);
   EXPECT_GT(limits.fma_flops_per_second, 1e8);
   EXPECT_LT(limits.fma_flops_per_second, 1e13);
+  EXPECT_GT(limits.int8_ops_per_second, 1e8);
+  EXPECT_LT(limits.int8_ops_per_second, 1e14);
 }
 
 }  // namespace

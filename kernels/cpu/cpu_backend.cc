@@ -14,6 +14,11 @@ namespace {
 // Below this many elements or multiplications the caller alone is done before the team has woken.
 constexpr int64_t kWorthATeam = 32 << 10;
 
+// Of one row of a matmul's input as the kernels read it: f32, or the words, scales and sums of QuantizedRows.
+int64_t TiledFloatsPerRow(const CpuMatrix& w) {
+  return w.takes_integers() ? 2 * w.pairs_per_row() + 2 * std::ssize(w.dot_groups()) : w.n_in();
+}
+
 }  // namespace
 
 absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_set) {
@@ -33,6 +38,11 @@ absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_
   return has_avx512 && instruction_set != "avx2" ? &kAvx512Kernels : &kAvx2Kernels;
 }
 
+const IntegerKernels& FindIntegerKernels(const IsaKernels& isa) {
+  __builtin_cpu_init();
+  return &isa == &kAvx512Kernels && __builtin_cpu_supports("avx512vnni") ? kAvx512VnniIntegers : kAvx2Integers;
+}
+
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& options) {
   constexpr int kMaxThreads = 1024;
   if (options.threads < 0 || options.threads > kMaxThreads) {
@@ -40,13 +50,18 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& opti
   }
   RW_ASSIGN_OR_RETURN(const IsaKernels* isa, FindIsaKernels(options.instruction_set));
   const int threads = options.threads > 0 ? options.threads : ThreadTeam::AllowedCpuCount();
-  return std::make_unique<CpuBackend>(*isa, threads, options.pin_threads);
+  return std::make_unique<CpuBackend>(*isa, options, threads);
 }
 
-CpuBackend::CpuBackend(const IsaKernels& isa, int threads, bool pin_threads) : isa_(isa), team_(threads, pin_threads) {}
+CpuBackend::CpuBackend(const IsaKernels& isa, const CpuOptions& options, int threads)
+    : isa_(isa),
+      integers_(FindIntegerKernels(isa)),
+      activations_(options.activations),
+      team_(threads, options.pin_threads) {}
 
 std::string CpuBackend::Description() const {
-  return absl::StrCat("cpu ", isa_.name, ", ", team_.size(), team_.size() == 1 ? " thread" : " threads");
+  return absl::StrCat("cpu ", isa_.name, ", ", team_.size(), team_.size() == 1 ? " thread" : " threads",
+                      activations_ == Activations::kInt8 ? absl::StrCat(", int8 activations by ", integers_.name) : "");
 }
 
 absl::StatusOr<Backend::Floats> CpuBackend::Allocate(int64_t count) {
@@ -68,9 +83,9 @@ absl::Status CpuBackend::CopyToDevice(std::span<const float> host, float* device
 
 absl::StatusOr<std::unique_ptr<PackedMatrix>> CpuBackend::Pack(std::span<const MatrixView> blocks,
                                                                const SumTree& tree) {
-  RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuMatrix> matrix, CpuMatrix::Create(blocks, tree, team_));
+  RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuMatrix> matrix, CpuMatrix::Create(blocks, tree, activations_, team_));
   matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
-  tiled_rows_.Reserve(kMatMulRowBlock * matrix->n_in());
+  tiled_rows_.Reserve(kMatMulRowBlock * TiledFloatsPerRow(*matrix));
   return matrix;
 }
 
@@ -149,14 +164,13 @@ absl::Status CpuBackend::PickRows(float* out, const float* x, std::span<const in
 absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
                                 const float* bias) {
   const auto& w = static_cast<const CpuMatrix&>(weights);
-  const auto panel_kernel = isa_.matmul_panel[static_cast<int>(w.dtype())];
-  float* scratch = matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
   for (int64_t begin = 0; begin < row_count; begin += kMatMulRowBlock) {
     const auto rows = static_cast<int32_t>(std::min<int64_t>(kMatMulRowBlock, row_count - begin));
+    const int tile_rows = w.takes_integers() ? integers_.tile_rows : isa_.matmul_tile_rows;
     MatMulTask task{.y = y + begin * w.n_out(),
                     .x = x + begin * w.n_in(),
                     .row_count = rows,
-                    .tile_count = (rows + isa_.matmul_tile_rows - 1) / isa_.matmul_tile_rows,
+                    .tile_count = (rows + tile_rows - 1) / tile_rows,
                     .weights = w.data(),
                     .panel_bytes = w.panel_bytes(),
                     .n_out = w.n_out(),
@@ -165,26 +179,58 @@ absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, con
                     .chunk_count = static_cast<int32_t>(w.boundaries().size()) - 1,
                     .bias = bias,
                     .group_size = w.shape().group_size,
-                    .group_offset = w.shape().group_offset};
+                    .group_offset = w.shape().group_offset,
+                    .groups = w.dot_groups().data(),
+                    .chunk_groups = w.chunk_groups().data(),
+                    .quantized = {}};
     const bool is_small = w.n_out() * w.n_in() * rows < kWorthATeam;
-    if (rows > 1) {
-      float* tiles = tiled_rows_.Reserve(kMatMulRowBlock * w.n_in());
-      constexpr int64_t kPiece = 256;
-      const int64_t pieces = is_small ? 1 : (w.n_in() + kPiece - 1) / kPiece;
-      const int64_t piece = is_small ? w.n_in() : kPiece;
-      team_.For(pieces, [&](int64_t i, int) {
-        isa_.tile_rows(tiles, task.x, task, i * piece, std::min((i + 1) * piece, w.n_in()));
-      });
-      task.x = tiles;
+    if (w.takes_integers()) {
+      TileIntegers(task, w, is_small);
+    } else if (rows > 1) {
+      TileFloats(task, w, is_small);
     }
-    if (is_small) {
-      for (int64_t panel = 0; panel < w.panel_count(); ++panel) panel_kernel(task, panel, scratch);
-    } else {
-      team_.For(w.panel_count(),
-                [&](int64_t panel, int thread) { panel_kernel(task, panel, scratch + thread * kMatMulScratch); });
-    }
+    MultiplyPanels(task, w, is_small);
   }
   return absl::OkStatus();
+}
+
+void CpuBackend::TileFloats(MatMulTask& task, const CpuMatrix& w, bool is_small) {
+  float* tiles = tiled_rows_.Reserve(kMatMulRowBlock * TiledFloatsPerRow(w));
+  constexpr int64_t kPiece = 256;
+  const int64_t pieces = is_small ? 1 : (w.n_in() + kPiece - 1) / kPiece;
+  const int64_t piece = is_small ? w.n_in() : kPiece;
+  team_.For(pieces, [&](int64_t i, int) {
+    isa_.tile_rows(tiles, task.x, task, i * piece, std::min((i + 1) * piece, w.n_in()));
+  });
+  task.x = tiles;
+}
+
+void CpuBackend::TileIntegers(MatMulTask& task, const CpuMatrix& w, bool is_small) {
+  const int64_t groups = std::ssize(w.dot_groups()), words = 2 * w.pairs_per_row();
+  float* tiles = tiled_rows_.Reserve(kMatMulRowBlock * TiledFloatsPerRow(w));
+  task.quantized = {.words = reinterpret_cast<uint32_t*>(tiles),
+                    .scales = tiles + task.row_count * words,
+                    .sums = reinterpret_cast<uint32_t*>(tiles + task.row_count * (words + groups)),
+                    .pair_count = static_cast<int32_t>(w.pairs_per_row()),
+                    .group_count = static_cast<int32_t>(groups)};
+  constexpr int64_t kPiece = 2;  // as many columns as TileFloats takes
+  // A row alone is done before the team has woken.
+  const int64_t piece = is_small || task.row_count == 1 ? groups : kPiece;
+  team_.For((groups + piece - 1) / piece, [&](int64_t i, int) {
+    integers_.quantize_rows(task, task.x, i * piece, std::min((i + 1) * piece, groups));
+  });
+}
+
+void CpuBackend::MultiplyPanels(const MatMulTask& task, const CpuMatrix& w, bool is_small) {
+  const auto multiply = w.takes_integers() ? integers_.matmul_panel[w.dtype() == DType::kInt8]
+                                           : isa_.matmul_panel[static_cast<int>(w.dtype())];
+  float* scratch = matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
+  if (is_small) {
+    for (int64_t panel = 0; panel < w.panel_count(); ++panel) multiply(task, panel, scratch);
+  } else {
+    team_.For(w.panel_count(),
+              [&](int64_t panel, int thread) { multiply(task, panel, scratch + thread * kMatMulScratch); });
+  }
 }
 
 }  // namespace rankwise::kernels

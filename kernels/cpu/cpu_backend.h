@@ -7,6 +7,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_kv_pool.h"
+#include "kernels/cpu/cpu_matrix.h"
 #include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/thread_team.h"
@@ -17,11 +18,13 @@ namespace rankwise::kernels {
 // The table of `instruction_set` ("" the best). InvalidArgument for an unknown name, FailedPrecondition when this CPU
 // lacks it.
 absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_set);
+// Those of `isa`, or the best of a CPU that has less.
+const IntegerKernels& FindIntegerKernels(const IsaKernels& isa);
 
 // Scratch grows to the largest step seen and is kept; after that no op allocates.
 class CpuBackend : public Backend {
  public:
-  CpuBackend(const IsaKernels& isa, int threads, bool pin_threads);
+  CpuBackend(const IsaKernels& isa, const CpuOptions& options, int threads);
 
   std::string Description() const override;
   absl::StatusOr<Floats> Allocate(int64_t count) override;
@@ -62,6 +65,10 @@ class CpuBackend : public Backend {
     int32_t tile, split;
   };
 
+  void MultiplyPanels(const MatMulTask& task, const CpuMatrix& w, bool is_small);
+  void TileFloats(MatMulTask& task, const CpuMatrix& w, bool is_small);
+  void TileIntegers(MatMulTask& task, const CpuMatrix& w, bool is_small);
+
   template <typename Body>
   void ForRows(int64_t width, Body&& body);
   void BuildTiles(const AttentionTask& task, int32_t n_kv_heads);
@@ -70,12 +77,14 @@ class CpuBackend : public Backend {
   void AttendBySplit(const AttentionTask& task, const CpuKvPool& pool, int layer);
 
   const IsaKernels& isa_;
+  const IntegerKernels& integers_;
+  const Activations activations_;
   ThreadTeam team_;
   StepIndex step_;
   std::vector<RowTile> tiles_;
   std::vector<TileSplit> tile_splits_;
   Scratch matmul_scratch_;     // [threads, kMatMulScratch]
-  Scratch tiled_rows_;         // rows of one block of a matmul, by tiles
+  Scratch tiled_rows_;         // rows of one block of a matmul, by tiles: floats or QuantizedRows
   Scratch attention_scratch_;  // [threads]: two states, then AttentionScratchFloats
   Scratch partials_;           // states [tile splits, KV heads]
 };

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "base/status_macros.h"
-#include "kernels/cpu/isa_kernels.h"
+#include "kernels/activation_groups.h"
 #include "kernels/number_formats.h"
 
 namespace rankwise::kernels {
@@ -48,10 +48,20 @@ void PackRows(std::span<const SourceRow> rows, int64_t n_in, T* panel) {
   }
 }
 
-void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, std::byte* panel) {
-  const int32_t bits = shape.dtype == DType::kInt4 ? 4 : 8;
+// Where q of input column k and column c of a panel lies: a byte and, of four bits, a shift in it.
+struct Place {
+  int64_t byte;
+  int shift;
+};
+Place PlaceOf(DType dtype, bool is_in_pairs, int64_t k, int64_t c) {
+  if (dtype == DType::kInt4) return {(k / 8 * kPanelColumns + c) * 4 + k % 8 / 2, static_cast<int>(k % 2 * 4)};
+  if (!is_in_pairs) return {k * kPanelColumns + c, 0};
+  return {((k / 8 * 2 + k % 2) * kPanelColumns + c) * 4 + k % 8 / 2, 0};
+}
+
+void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, bool is_in_pairs, int64_t q_bytes,
+                std::byte* panel) {
   const int64_t groups = GroupCount(shape.n_in, shape.group_size, shape.group_offset);
-  const int64_t q_bytes = GroupedPanelBytes(shape.n_in, bits);
   auto* scales = reinterpret_cast<uint16_t*>(panel + q_bytes);
   auto* zeros = reinterpret_cast<uint8_t*>(scales + groups * kPanelColumns);
   std::memset(panel, 0, static_cast<size_t>(q_bytes + groups * kPanelColumns * 3));
@@ -61,11 +71,8 @@ void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, std::
       const MatrixView& block = *rows[c].block;
       const int q =
           GroupedValue(*block.grouped, block.grouped->qweight, block.col_begin + k, block.row_begin + rows[c].row);
-      if (bits == 8) {
-        reinterpret_cast<uint8_t*>(panel)[k * kPanelColumns + c] = static_cast<uint8_t>(q);
-      } else {
-        reinterpret_cast<uint32_t*>(panel)[k / 8 * kPanelColumns + c] |= static_cast<uint32_t>(q) << (k % 8 * 4);
-      }
+      const Place place = PlaceOf(shape.dtype, is_in_pairs, k, static_cast<int64_t>(c));
+      panel[place.byte] |= static_cast<std::byte>(q << place.shift);
     }
   }
   for (int64_t group = 0; group < groups; ++group) {
@@ -83,17 +90,36 @@ void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, std::
 }  // namespace
 
 int64_t CpuMatrix::panel_count() const { return (shape_.n_out + kPanelColumns - 1) / kPanelColumns; }
+int64_t CpuMatrix::q_bytes() const {
+  return takes_integers() && shape_.dtype == DType::kInt8
+             ? (shape_.n_in + 7) / 8 * 8 * kPanelColumns
+             : GroupedPanelBytes(shape_.n_in, shape_.dtype == DType::kInt4 ? 4 : 8);
+}
 int64_t CpuMatrix::panel_bytes() const {
-  const int64_t elements = shape_.n_in * kPanelColumns;
-  if (!IsGrouped(shape_.dtype)) return elements * DTypeBytes(shape_.dtype);
-  const int64_t parameters = GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * kPanelColumns;
-  return GroupedPanelBytes(shape_.n_in, shape_.dtype == DType::kInt4 ? 4 : 8) + parameters * 3;
+  if (!IsGrouped(shape_.dtype)) return shape_.n_in * kPanelColumns * DTypeBytes(shape_.dtype);
+  return q_bytes() + GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * kPanelColumns * 3;
+}
+
+CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations)
+    : shape_(shape), boundaries_(tree.boundaries) {
+  if (activations != Activations::kInt8 || !IsGrouped(shape.dtype)) return;
+  int32_t pairs = 0;
+  for (const ActivationGroup& group : CutActivations(shape, tree, chunk_groups_)) {
+    const int32_t pair_begin = group.begin / 8, pair_end = (group.end - 1) / 8 + 1;
+    dot_groups_.push_back({.begin = group.begin,
+                           .end = group.end,
+                           .weight_group = group.weight_group,
+                           .pair_begin = pair_begin,
+                           .pair_count = pair_end - pair_begin,
+                           .x_pair = pairs});
+    pairs += pair_end - pair_begin;
+  }
 }
 
 absl::StatusOr<std::unique_ptr<CpuMatrix>> CpuMatrix::Create(std::span<const MatrixView> blocks, const SumTree& tree,
-                                                             ThreadTeam& team) {
+                                                             Activations activations, ThreadTeam& team) {
   RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
-  std::unique_ptr<CpuMatrix> matrix(new CpuMatrix(shape, tree));
+  std::unique_ptr<CpuMatrix> matrix(new CpuMatrix(shape, tree, activations));
   RW_ASSIGN_OR_RETURN(matrix->memory_, AllocateMemory(matrix->bytes()));
   team.For(matrix->panel_count(), [&](int64_t panel, int) { matrix->PackPanel(blocks, panel); });
   return matrix;
@@ -104,7 +130,7 @@ void CpuMatrix::PackPanel(std::span<const MatrixView> blocks, int64_t panel) {
   for (int c = 0; c < kPanelColumns; ++c) rows[c] = FindRow(blocks, panel * kPanelColumns + c);
   std::byte* to = memory_.get() + panel * panel_bytes();
   if (IsGrouped(shape_.dtype)) {
-    PackGroups(rows, shape_, to);
+    PackGroups(rows, shape_, takes_integers(), q_bytes(), to);
   } else if (shape_.dtype == DType::kF32) {
     PackRows(rows, shape_.n_in, reinterpret_cast<float*>(to));
   } else {

@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/thread_team.h"
 #include "kernels/preconditions.h"
@@ -17,7 +18,7 @@ namespace rankwise::kernels {
 class CpuMatrix : public PackedMatrix {
  public:
   static absl::StatusOr<std::unique_ptr<CpuMatrix>> Create(std::span<const MatrixView> blocks, const SumTree& tree,
-                                                           ThreadTeam& team);
+                                                           Activations activations, ThreadTeam& team);
 
   int64_t n_out() const override { return shape_.n_out; }
   int64_t n_in() const override { return shape_.n_in; }
@@ -29,13 +30,21 @@ class CpuMatrix : public PackedMatrix {
   int64_t panel_count() const;
   const std::byte* data() const { return memory_.get(); }
   std::span<const int64_t> boundaries() const { return boundaries_; }
+  // Of a matrix for quantised activations, else empty.
+  std::span<const DotGroup> dot_groups() const { return dot_groups_; }
+  std::span<const int32_t> chunk_groups() const { return chunk_groups_; }
+  bool takes_integers() const { return !dot_groups_.empty(); }
+  int64_t pairs_per_row() const { return dot_groups_.back().x_pair + dot_groups_.back().pair_count; }
 
  private:
-  CpuMatrix(const PackedShape& shape, const SumTree& tree) : shape_(shape), boundaries_(tree.boundaries) {}
+  CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations);
+  int64_t q_bytes() const;  // of a panel of grouped weights
   void PackPanel(std::span<const MatrixView> blocks, int64_t panel);
 
   const PackedShape shape_;
   const std::vector<int64_t> boundaries_;
+  std::vector<DotGroup> dot_groups_;
+  std::vector<int32_t> chunk_groups_;
   Memory memory_;
 };
 

@@ -21,6 +21,24 @@ inline constexpr int kTileVectors = 32;                 // (row, query head) pai
 inline constexpr int64_t kMatMulScratch =
     int64_t{kSumLevels} * kMatMulRowBlock * kPanelColumns + kMatMulDepth * kPanelColumns;
 
+// A group of columns of quantised activations (kernels/activation_groups.h), in whole pairs of words of eight columns:
+// columns of the first and the last pair that are not the group's have q = 0 there.
+struct DotGroup {
+  int32_t begin, end;
+  int32_t weight_group;
+  int32_t pair_begin, pair_count;
+  int32_t x_pair;  // pairs of all groups before it
+};
+
+// Tiles of consecutive rows like MatMulTask::x: words [pairs, 2, rows of the tile] of four q, which meet the stored
+// words of the weights; scales and sums of q (sixteen bits, zero-extended) [groups, rows of the tile].
+struct QuantizedRows {
+  uint32_t* words;
+  float* scales;
+  uint32_t* sums;
+  int32_t pair_count, group_count;  // of a row
+};
+
 struct MatMulTask {
   float* y;                  // [row_count, n_out]
   const float* x;            // tiles of consecutive rows, each [n_in, rows of the tile]
@@ -36,6 +54,12 @@ struct MatMulTask {
   // {q, scales f16 [groups, 32], zeros u8 [groups, 32]}, where q is [n_in, 32] of eight bits, or [n_in / 8, 32] of
   // words that hold eight input columns from their lowest bits on.
   int32_t group_size, group_offset;
+  // Of IntegerKernels, instead of x and boundaries. A panel's q is then stored in pairs of words of eight input columns
+  // [n_in / 8, 2, 32]: columns 0 2 4 6 of the eight from the lowest bits on, then 1 3 5 7; of four bits, where one word
+  // holds all eight in their order, that order is [n_in / 8, 32] as above.
+  const DotGroup* groups;
+  const int32_t* chunk_groups;  // [chunk_count + 1]
+  QuantizedRows quantized;
 };
 
 inline constexpr int64_t GroupedPanelBytes(int64_t n_in, int bits) {
@@ -138,7 +162,24 @@ struct IsaKernels {
 
 inline constexpr int kFmaChains = 12;
 
+// Quantised weights times quantised activations (Activations::kInt8). Of an instruction set of their own, which
+// IsaKernels need not have.
+struct IntegerKernels {
+  const char* name;
+  int tile_rows;  // most rows of one tile
+  // Groups [begin, end) of rows x [row_count, n_in] into task.quantized.
+  void (*quantize_rows)(const MatMulTask& task, const float* x, int64_t begin, int64_t end);
+  // One panel for all rows of the task, of weights of four and of eight bits.
+  void (*matmul_panel[2])(const MatMulTask&, int64_t panel, float* scratch);
+  // For MeasureMachineLimits: 2 * 64 * kDotChains operations per iteration.
+  int32_t (*dot_burst)(int64_t iterations);
+};
+
+inline constexpr int kDotChains = 12;
+
 extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kAvx512Kernels;
+extern const IntegerKernels kAvx2Integers;
+extern const IntegerKernels kAvx512VnniIntegers;
 
 }  // namespace rankwise::kernels

@@ -2,9 +2,14 @@
 #include "kernels/cpu/simd_avx2.h"
 // After the instruction set.
 #include "kernels/cpu/isa_table.h"
+// After the vector type.
+#include "kernels/cpu/dot_avx2.h"
+// After the products.
+#include "kernels/cpu/integer_matmul_kernel.h"
 
 namespace rankwise::kernels {
 
 constexpr IsaKernels kAvx2Kernels = avx2::kTable;
+constexpr IntegerKernels kAvx2Integers = avx2::kIntegerTable;
 
 }  // namespace rankwise::kernels

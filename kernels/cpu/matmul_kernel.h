@@ -1,7 +1,7 @@
 // Included after simd.h.
 #pragma once
 
-#include "kernels/cpu/isa_kernels.h"
+#include "kernels/cpu/sum_tree.h"
 
 namespace rankwise::kernels::RW_ISA {
 
@@ -12,9 +12,6 @@ namespace rankwise::kernels::RW_ISA {
 // Rounding |y - exact| <= (longest chunk + log2(chunks) + 1) 2^-24 (Σ_k |x w| + |bias|), up to second order
 // Order    a lane is an output column, so neither the instruction set nor the number of rows can change it; cutting a
 //          chunk into blocks stores and reloads the accumulators, which changes nothing either
-
-// Bytes ahead of the loads of a panel that comes from memory: two pages' worth of a core's outstanding misses.
-inline constexpr int kPrefetchBytes = 2048;
 
 // k_count more steps of R rows and 16 V columns. Continues from `sums` [R, 32] when `continues`, else from 0.
 template <typename Vector, typename W, int R, int V>
@@ -81,10 +78,6 @@ inline TileFunction<W> TileOf(int rows) {
 #endif
   };
   return kTiles[rows - 1];
-}
-
-inline int32_t TileBegin(const MatMulTask& task, int32_t tile) {
-  return static_cast<int32_t>(int64_t{task.row_count} * tile / task.tile_count);
 }
 
 // One panel of weights as they are: [n_in, 32].
@@ -303,28 +296,9 @@ void SumChunk(const MatMulTask& task, const Panel& panel, int64_t begin, int64_t
 template <typename Panel>
 void MatMulPanel(const MatMulTask& task, int64_t panel, float* scratch) {
   const Panel weights(task, panel);
-  float* widened = scratch;
-  float* stack = scratch + kMatMulDepth * kPanelColumns;
-  const int64_t level = int64_t{task.row_count} * kPanelColumns;
-  // A binary counter: after chunk c the stack holds one finished subtree for each bit set in c + 1.
-  float* top = stack;
-  for (int32_t c = 0; c < task.chunk_count; ++c, top += level) {
-    SumChunk(task, weights, task.boundaries[c], task.boundaries[c + 1], top, widened);
-    for (int32_t bits = c; bits & 1; bits >>= 1, top -= level) {
-      for (int64_t i = 0; i < level; i += 16) Store(top - level + i, Add(Load(top - level + i), Load(top + i)));
-    }
-  }
-  const int64_t first = panel * kPanelColumns;
-  for (int v = 0; v < 2; ++v) {
-    const int64_t column = first + v * 16;
-    const int count = static_cast<int>(Smaller<int64_t>(16, task.n_out - column));
-    if (count <= 0) break;
-    const Vec bias = task.bias ? LoadFirst(task.bias + column, count) : Zero();
-    for (int32_t r = 0; r < task.row_count; ++r) {
-      const Vec sum = Load(stack + r * kPanelColumns + v * 16);
-      StoreFirst(task.y + r * task.n_out + column, task.bias ? Add(sum, bias) : sum, count);
-    }
-  }
+  SumTreeOfPanel(task, panel, scratch + kMatMulDepth * kPanelColumns, [&](int32_t chunk, float* sums) {
+    SumChunk(task, weights, task.boundaries[chunk], task.boundaries[chunk + 1], sums, scratch);
+  });
 }
 
 inline void TileRows(float* tiles, const float* x, const MatMulTask& task, int64_t begin, int64_t end) {

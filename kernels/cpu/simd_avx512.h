@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
+#ifndef RW_ISA
 #define RW_ISA avx512
+#endif
 // After the name of the namespace.
 #include "kernels/cpu/simd_pair.h"
 
 // Sixteen f32 lanes in one AVX-512 register. simd_avx2.h has the same words over a pair of AVX2 registers.
-namespace rankwise::kernels::avx512 {
+namespace rankwise::kernels::RW_ISA {
 
 inline constexpr const char* kName = "avx512";
 inline constexpr int kAccumulators = 24;  // of 32 registers; the rest hold weights and a broadcast
@@ -102,14 +104,14 @@ inline void StoreFirst(float* p, Vec x, int count) { _mm512_mask_storeu_ps(p, La
 
 template <>
 struct Words<Vec> {
-  static Vec Zero() { return avx512::Zero(); }
-  static Vec Set(float x) { return avx512::Set(x); }
-  static Vec Load(const float* p) { return avx512::Load(p); }
-  static Vec LoadF16(const void* p) { return avx512::LoadF16(p); }
-  static Vec LoadBF16(const void* p) { return avx512::LoadBF16(p); }
+  static Vec Zero() { return RW_ISA::Zero(); }
+  static Vec Set(float x) { return RW_ISA::Set(x); }
+  static Vec Load(const float* p) { return RW_ISA::Load(p); }
+  static Vec LoadF16(const void* p) { return RW_ISA::LoadF16(p); }
+  static Vec LoadBF16(const void* p) { return RW_ISA::LoadBF16(p); }
 };
 
 inline __m256 LowHalf(Vec x) { return _mm512_castps512_ps256(x.v); }
 inline __m256 HighHalf(Vec x) { return _mm512_extractf32x8_ps(x.v, 1); }
 
-}  // namespace rankwise::kernels::avx512
+}  // namespace rankwise::kernels::RW_ISA

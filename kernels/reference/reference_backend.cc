@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/activation_groups.h"
 #include "kernels/kv_histogram.h"
 #include "kernels/number_formats.h"
 #include "kernels/preconditions.h"
@@ -15,7 +16,9 @@ namespace {
 
 class ReferenceMatrix : public PackedMatrix {
  public:
-  ReferenceMatrix(const PackedShape& shape, std::span<const MatrixView> blocks) : shape_(shape) {
+  // `groups`: of activations to quantise, or none.
+  ReferenceMatrix(const PackedShape& shape, std::span<const MatrixView> blocks, std::vector<ActivationGroup> groups)
+      : shape_(shape), groups_(std::move(groups)) {
     for (const MatrixView& block : blocks) {
       for (int64_t r = 0; r < block.rows; ++r) {
         for (int64_t c = 0; c < block.cols; ++c) {
@@ -29,9 +32,20 @@ class ReferenceMatrix : public PackedMatrix {
   int64_t n_in() const override { return shape_.n_in; }
   int64_t bytes() const override { return static_cast<int64_t>(values_.size() * sizeof(float)); }
   float at(int64_t out, int64_t in) const { return values_[out * shape_.n_in + in]; }
+  // A row of inputs as it is multiplied.
+  std::vector<double> Input(const float* x) const {
+    std::vector<double> input(x, x + shape_.n_in);
+    for (const ActivationGroup& group : groups_) {
+      std::vector<int8_t> q(group.end - group.begin);
+      const double scale = QuantizeActivations({x + group.begin, q.size()}, q);
+      for (size_t i = 0; i < q.size(); ++i) input[group.begin + i] = q[i] * scale;
+    }
+    return input;
+  }
 
  private:
   PackedShape shape_;
+  std::vector<ActivationGroup> groups_;
   std::vector<float> values_;  // [n_out, n_in]
 };
 
@@ -163,6 +177,8 @@ void Observe(std::vector<float>& min, std::vector<float>& max, int64_t index, fl
 
 class ReferenceBackend : public Backend {
  public:
+  explicit ReferenceBackend(Activations activations) : activations_(activations) {}
+
   std::string Description() const override { return "reference"; }
 
   absl::StatusOr<Floats> Allocate(int64_t count) override {
@@ -180,7 +196,10 @@ class ReferenceBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
     RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
-    return std::make_unique<ReferenceMatrix>(shape, blocks);
+    std::vector<int32_t> chunk_begin;
+    const bool is_quantized = activations_ == Activations::kInt8 && IsGrouped(shape.dtype);
+    return std::make_unique<ReferenceMatrix>(
+        shape, blocks, is_quantized ? CutActivations(shape, tree, chunk_begin) : std::vector<ActivationGroup>());
   }
   int64_t KvBlockBytes(const KvShape& shape) const override {
     return int64_t{shape.n_layers} * shape.n_kv_heads_local * kKvBlockTokens * 2 *
@@ -229,9 +248,10 @@ class ReferenceBackend : public Backend {
                       const float* bias) override {
     const auto& w = static_cast<const ReferenceMatrix&>(weights);
     for (int64_t r = 0; r < row_count; ++r) {
+      const std::vector<double> input = w.Input(x + r * w.n_in());
       for (int64_t o = 0; o < w.n_out(); ++o) {
         double sum = bias ? bias[o] : 0.0;
-        for (int64_t i = 0; i < w.n_in(); ++i) sum += double{x[r * w.n_in() + i]} * w.at(o, i);
+        for (int64_t i = 0; i < w.n_in(); ++i) sum += input[i] * w.at(o, i);
         y[r * w.n_out() + o] = static_cast<float>(sum);
       }
     }
@@ -333,11 +353,14 @@ class ReferenceBackend : public Backend {
     for (int d = 0; d < shape.head_dim; ++d) out[d] = static_cast<float>(sum[d] / total);
   }
 
+  const Activations activations_;
   StepIndex step_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> CreateReferenceBackend() { return std::make_unique<ReferenceBackend>(); }
+std::unique_ptr<Backend> CreateReferenceBackend(Activations activations) {
+  return std::make_unique<ReferenceBackend>(activations);
+}
 
 }  // namespace rankwise::kernels

@@ -1,0 +1,286 @@
+// Included after dot_avx2.h or dot_avx512_vnni.h.
+#pragma once
+
+#include <iterator>
+#include <type_traits>
+
+#include "kernels/cpu/isa_kernels.h"
+#include "kernels/cpu/sum_tree.h"
+
+namespace rankwise::kernels::RW_ISA {
+
+// y = x Wᵀ + bias for one panel of 32 output columns, x and W quantised.
+//   From 0, each chunk adds for each of its groups fma(Σ_k (w_q - zero) q, w_scale * scale, sum); chunk sums add up in
+//   a balanced binary tree; then the bias.
+// Shapes   quantised x tiles (QuantizedRows); weights [n_in / 8, 2, 32] words of four; y [row_count, n_out] f32
+// Rounding |y - exact| <= (most groups of a chunk + log2(chunks) + 2) 2^-24 (Σ_groups |term| + |bias|), up to second
+//          order, where exact takes x as quantised: integers and their conversion are exact
+// Order    integers add up alike in any order, and the floats of a row and column do in one
+
+// --- Activations.
+
+// Lanes [begin, end) of eight, 0 elsewhere.
+inline __m256i LanesOfEight(int64_t begin, int64_t end) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(end)), lane),
+                          _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(static_cast<int>(begin - 1))));
+}
+// The eight columns of a pair of one row; zeros for those outside the group.
+inline __m256 LoadEight(const float* x, const DotGroup& group, int64_t pair) {
+  const int64_t k = pair * 8;
+  if (k >= group.begin && k + 8 <= group.end) return _mm256_loadu_ps(x + k);
+  return _mm256_maskload_ps(x + k,
+                            LanesOfEight(Larger<int64_t>(group.begin - k, 0), Smaller<int64_t>(group.end - k, 8)));
+}
+inline int32_t LargestLane(__m256i x) {
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+inline int32_t SumOfLanes(__m256i x) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+// One group of one row into a tile of `rows`: QuantizeActivations to the bit, for finite x.
+inline void QuantizeGroup(const float* x, const DotGroup& group, int32_t rows, uint32_t* words, float* scale,
+                          uint32_t* sum) {
+  // Sizes compare like their bits, and a NaN is above all of them.
+  __m256i largest = _mm256_setzero_si256();
+  for (int32_t p = 0; p < group.pair_count; ++p) {
+    const __m256i bits = _mm256_castps_si256(LoadEight(x, group, group.pair_begin + p));
+    largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+  }
+  const int32_t bits = LargestLane(largest);
+  float size;
+  std::memcpy(&size, &bits, sizeof(size));
+  *scale = size / 127.0f;
+  const __m256 divisor = _mm256_set1_ps(*scale > 0 ? *scale : 1.0f);
+  const __m256 highest = _mm256_set1_ps(127.0f), lowest = _mm256_set1_ps(-127.0f);
+  const __m128i evens_first = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 0, 2, 4, 6, 1, 3, 5, 7);
+  __m256i total = _mm256_setzero_si256();
+  for (int32_t p = 0; p < group.pair_count; ++p) {
+    const __m256 level = _mm256_div_ps(LoadEight(x, group, group.pair_begin + p), divisor);
+    const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(level, lowest), highest));
+    total = _mm256_add_epi32(total, q);
+    const __m128i sixteen = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    const __m128i bytes = _mm_shuffle_epi8(_mm_packs_epi16(sixteen, sixteen), evens_first);
+    words[2 * p * rows] = static_cast<uint32_t>(_mm_cvtsi128_si32(bytes));
+    words[(2 * p + 1) * rows] = static_cast<uint32_t>(_mm_extract_epi32(bytes, 1));
+  }
+  *sum = static_cast<uint16_t>(SumOfLanes(total));
+}
+
+// What one tile has of a QuantizedRows.
+struct QuantizedTile {
+  int32_t rows;
+  uint32_t* words;
+  float* scales;
+  uint32_t* sums;
+};
+inline QuantizedTile TileOfQuantized(const MatMulTask& task, int32_t tile) {
+  const QuantizedRows& all = task.quantized;
+  const int64_t row = TileBegin(task, tile);
+  return {.rows = TileBegin(task, tile + 1) - static_cast<int32_t>(row),
+          .words = all.words + row * all.pair_count * 2,
+          .scales = all.scales + row * all.group_count,
+          .sums = all.sums + row * all.group_count};
+}
+
+inline void QuantizeRows(const MatMulTask& task, const float* x, int64_t begin, int64_t end) {
+  for (int32_t t = 0; t < task.tile_count; ++t) {
+    const QuantizedTile tile = TileOfQuantized(task, t);
+    for (int32_t r = 0; r < tile.rows; ++r, x += task.n_in) {
+      for (int64_t g = begin; g < end; ++g) {
+        const DotGroup& group = task.groups[g];
+        QuantizeGroup(x, group, tile.rows, tile.words + int64_t{2} * group.x_pair * tile.rows + r,
+                      tile.scales + g * tile.rows + r, tile.sums + g * tile.rows + r);
+      }
+    }
+  }
+}
+
+// --- Products.
+
+// Of one group of weights: scales, and what the sums of q are multiplied with.
+struct DotParameters {
+  Vec scale[2];
+  Ints shift[2];
+};
+
+template <typename Q, int R, int V>
+inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const uint32_t* x, const float* x_scales,
+                    const uint32_t* x_sums, int32_t pair_count, bool continues, float* sums) {
+  constexpr int kChains = R <= 2 ? 2 : 1;  // a row alone is too few to hide the latency of a product
+  Ints dots[kChains][R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      dots[kChains - 1][r][v] = ZeroInts();
+      dots[0][r][v] = TimesSixteenBits(parameters.shift[v0 + v], x_sums[r]);
+    }
+  }
+  for (int32_t p = 0; p < pair_count; ++p) {
+    const char* ahead = reinterpret_cast<const char*>(q + p) + kPrefetchBytes;
+#pragma GCC unroll 4
+    for (size_t line = 0; line < sizeof(Q); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    DotPair(q + p, v0, x + int64_t{2} * p * R, dots);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const Ints dot = kChains == 2 ? Add(dots[0][r][v], dots[1][r][v]) : dots[0][r][v];
+      float* sum = sums + r * kPanelColumns + (v0 + v) * 16;
+      const Vec scale = Mul(parameters.scale[v0 + v], Set(x_scales[r]));
+      Store(sum, Fma(ToFloats(dot), scale, continues ? Load(sum) : Zero()));
+    }
+  }
+}
+
+template <typename Q, int R>
+void DotTileOfRows(const Q* q, const DotParameters& parameters, const uint32_t* x, const float* x_scales,
+                   const uint32_t* x_sums, int32_t pair_count, bool continues, float* sums) {
+  for (int v = 0; v < 2; v += kDotTileVectors) {
+    DotTile<Q, R, kDotTileVectors>(q, parameters, v, x, x_scales, x_sums, pair_count, continues, sums);
+  }
+}
+
+template <typename Q>
+using DotFunction = void (*)(const Q*, const DotParameters&, const uint32_t*, const float*, const uint32_t*, int32_t,
+                             bool, float*);
+template <typename Q>
+inline DotFunction<Q> DotTileFor(int32_t rows) {
+  static constexpr DotFunction<Q> kTiles[] = {DotTileOfRows<Q, 1>,
+                                              DotTileOfRows<Q, 2>,
+                                              DotTileOfRows<Q, 3>,
+                                              DotTileOfRows<Q, 4>
+#ifdef __AVX512F__
+                                              ,
+                                              DotTileOfRows<Q, 5>,
+                                              DotTileOfRows<Q, 6>,
+                                              DotTileOfRows<Q, 7>,
+                                              DotTileOfRows<Q, 8>,
+                                              DotTileOfRows<Q, 9>,
+                                              DotTileOfRows<Q, 10>,
+                                              DotTileOfRows<Q, 11>,
+                                              DotTileOfRows<Q, 12>
+#endif
+  };
+  static_assert(std::size(kTiles) == kDotTileRows);
+  return kTiles[rows - 1];
+}
+
+inline int64_t StoredPairs(int64_t n_in) { return (n_in + 7) / 8; }
+
+// One panel of weights of Q: pairs, scales f16 [groups, 32], zeros u8 [groups, 32].
+template <typename Q>
+class DotPanel {
+ public:
+  DotPanel(const MatMulTask& task, int64_t panel)
+      : task_(task),
+        q_(reinterpret_cast<const Q*>(task.weights + panel * task.panel_bytes)),
+        scales_(reinterpret_cast<const uint16_t*>(q_ + StoredPairs(task.n_in))),
+        zeros_(reinterpret_cast<const U8*>(scales_ + GroupCount(task.n_in, task.group_size, task.group_offset) *
+                                                         kPanelColumns)) {}
+
+  // sums [row_count, 32] of groups [begin, end), from 0.
+  void SumChunk(int32_t begin, int32_t end, float* sums, float* scratch) const {
+    if (begin == end) std::memset(sums, 0, sizeof(float) * task_.row_count * kPanelColumns);
+    if (task_.tile_count == 1) {
+      for (int32_t g = begin; g < end; ++g) {
+        AddGroup(Tile{TileOfQuantized(task_, 0)}, g, q_ + task_.groups[g].pair_begin, Parameters<Q>(g), g > begin,
+                 sums);
+      }
+      return;
+    }
+    for (int32_t g = begin; g < end;) g = AddBlock(begin, g, end, sums, reinterpret_cast<SmallBytes*>(scratch));
+  }
+
+ private:
+  using Tile = QuantizedTile;
+  static constexpr int32_t kBlockPairs = kMatMulDepth * kPanelColumns * 4 / static_cast<int32_t>(sizeof(SmallBytes));
+  static constexpr int32_t kBlockGroups = 16;
+
+  template <typename Stored>
+  DotParameters Parameters(int32_t g) const {
+    const int64_t at = int64_t{task_.groups[g].weight_group} * kPanelColumns;
+    DotParameters parameters;
+    for (int v = 0; v < 2; ++v) {
+      parameters.scale[v] = LoadF16(scales_ + at + v * 16);
+      parameters.shift[v] = OffsetMinus(kWeightOffset<Stored>, zeros_ + at + v * 16);
+    }
+    return parameters;
+  }
+
+  template <typename Stored>
+  void AddGroup(const Tile& tile, int32_t g, const Stored* q, const DotParameters& parameters, bool continues,
+                float* sums) const {
+    const DotGroup& group = task_.groups[g];
+    DotTileFor<Stored>(tile.rows)(q, parameters, tile.words + int64_t{2} * group.x_pair * tile.rows,
+                                  tile.scales + int64_t{g} * tile.rows, tile.sums + int64_t{g} * tile.rows,
+                                  group.pair_count, continues, sums);
+  }
+
+  // As many groups from `g` on as stay in the first cache while all tiles pass over them; returns the next. Four bits
+  // are widened once for all tiles.
+  int32_t AddBlock(int32_t chunk_begin, int32_t g, int32_t chunk_end, float* sums, SmallBytes* widened) const {
+    constexpr bool kIsWidened = std::is_same_v<Q, Nibbles>;
+    using Stored = std::conditional_t<kIsWidened, SmallBytes, Q>;
+    DotParameters parameters[kBlockGroups];
+    const Stored* q[kBlockGroups];
+    int32_t count = 0, pairs = 0;
+    for (; count < kBlockGroups && g + count < chunk_end; ++count) {
+      const DotGroup& group = task_.groups[g + count];
+      if (pairs + group.pair_count > kBlockPairs) break;
+      parameters[count] = Parameters<Stored>(g + count);
+      if constexpr (kIsWidened) {
+        q[count] = widened + pairs;
+        Widen(q_ + group.pair_begin, group.pair_count, widened + pairs);
+      } else {
+        q[count] = q_ + group.pair_begin;
+      }
+      pairs += group.pair_count;
+    }
+    for (int32_t t = 0; t < task_.tile_count; ++t) {
+      const Tile tile = TileOfQuantized(task_, t);
+      float* tile_sums = sums + int64_t{TileBegin(task_, t)} * kPanelColumns;
+      for (int32_t i = 0; i < count; ++i) AddGroup(tile, g + i, q[i], parameters[i], g + i > chunk_begin, tile_sums);
+    }
+    return g + count;
+  }
+
+  static void Widen(const Nibbles* q, int32_t pair_count, SmallBytes* out) {
+    for (int32_t p = 0; p < pair_count; ++p) {
+      const char* ahead = reinterpret_cast<const char*>(q + p) + kPrefetchBytes;
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      _mm_prefetch(ahead + 64, _MM_HINT_T0);
+      for (int v = 0; v < 2; ++v) StorePair(out + p, v, LoadPair(q + p, v));
+    }
+  }
+
+  const MatMulTask& task_;
+  const Q* q_;
+  const uint16_t* scales_;
+  const U8* zeros_;
+};
+
+template <typename Q>
+void IntegerMatMulPanel(const MatMulTask& task, int64_t panel, float* scratch) {
+  const DotPanel<Q> weights(task, panel);
+  SumTreeOfPanel(task, panel, scratch + kMatMulDepth * kPanelColumns, [&](int32_t chunk, float* sums) {
+    weights.SumChunk(task.chunk_groups[chunk], task.chunk_groups[chunk + 1], sums, scratch);
+  });
+}
+
+inline constexpr IntegerKernels kIntegerTable = {
+    .name = kDotName,
+    .tile_rows = kDotTileRows,
+    .quantize_rows = QuantizeRows,
+    .matmul_panel = {IntegerMatMulPanel<Nibbles>, IntegerMatMulPanel<Bytes>},
+    .dot_burst = DotBurst,
+};
+
+}  // namespace rankwise::kernels::RW_ISA

@@ -1,0 +1,15 @@
+// Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni; called only on a CPU that has them.
+#define RW_ISA avx512_vnni
+#include "kernels/cpu/simd_avx512.h"
+// After the instruction set.
+#include "kernels/cpu/simd.h"
+// After the vector type.
+#include "kernels/cpu/dot_avx512_vnni.h"
+// After the products.
+#include "kernels/cpu/integer_matmul_kernel.h"
+
+namespace rankwise::kernels {
+
+constexpr IntegerKernels kAvx512VnniIntegers = avx512_vnni::kIntegerTable;
+
+}  // namespace rankwise::kernels
