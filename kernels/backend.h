@@ -74,7 +74,11 @@ struct SumTree {
 // faster and less exact, and within that arithmetic as invariant as the other. Matrices of floats are the same in both.
 enum class Activations : uint8_t { kFloat, kInt8 };
 const char* ActivationsName(Activations activations);
-std::map<std::string, Activations> ActivationsByName();  // for flags
+// For flags.
+std::map<std::string, Activations> ActivationsByName();
+inline constexpr char kActivationsHelp[] =
+    "What quantised weights are multiplied with, on the CPU: float, or int8, which is twice as fast in prefill and "
+    "batches and less exact; f16, bf16 and f32 weights know floats alone";
 
 // Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
 class PackedMatrix {
@@ -83,6 +87,8 @@ class PackedMatrix {
   virtual int64_t n_out() const = 0;
   virtual int64_t n_in() const = 0;
   virtual int64_t bytes() const = 0;  // read once per matmul of few rows
+  // What its inputs are multiplied as: kFloat, too, for matrices of floats of a backend whose activations are kInt8.
+  virtual Activations activations() const { return Activations::kFloat; }
 };
 
 // One row-major table [vocab, hidden] whose rows are looked up where they lie (borrowed for the backend's life).

@@ -15,10 +15,10 @@ namespace {
 
 absl::Status Ignore(int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }
 
-// One row of the table: work done in `seconds` by all ranks, against the sum of the ranks' limits.
+// One row of the table: work done by all ranks, against the sum of the ranks' limits.
 struct Figure {
   std::string work;
-  double tokens_per_second, milliseconds, bytes_per_second, read_fraction, flops_per_second, fma_fraction;
+  double tokens_per_second, milliseconds, bytes_per_second, read_fraction, flops_per_second, compute_fraction;
 };
 
 class EngineBench {
@@ -30,6 +30,7 @@ class EngineBench {
   absl::Status Run(kernels::MachineLimits limits) {
     RW_ASSIGN_OR_RETURN(read_limit_, SumOverRanks(limits.read_bytes_per_second, device_, communicator_));
     RW_ASSIGN_OR_RETURN(fma_limit_, SumOverRanks(limits.fma_flops_per_second, device_, communicator_));
+    RW_ASSIGN_OR_RETURN(int8_limit_, SumOverRanks(limits.int8_ops_per_second, device_, communicator_));
     if (flags_.prompt > 0) RW_RETURN_IF_ERROR(Prefill());
     for (const int batch : flags_.batches) RW_RETURN_IF_ERROR(Decode(batch));
     if (communicator_.rank() == 0) Print();
@@ -84,9 +85,11 @@ class EngineBench {
       if (i > 0) seconds.push_back(SecondsNow() - begin);
     }
     const int64_t rows = flags_.prompt;
-    const int64_t multiply_adds = rows * rank_.decoder->multiply_adds() + rank_.decoder->output_multiply_adds() +
-                                  AttentionMultiplyAdds(rows * (rows + 1) / 2);
-    return Add(absl::StrCat("prefill ", rows), rows, Median(seconds), rank_.decoder->weight_bytes(), 2 * multiply_adds);
+    return Add(
+        absl::StrCat("prefill ", rows), rows, Median(seconds),
+        {.bytes = rank_.decoder->weight_bytes(),
+         .layer_multiply_adds = rows * rank_.decoder->multiply_adds(),
+         .other_multiply_adds = rank_.decoder->output_multiply_adds() + AttentionMultiplyAdds(rows * (rows + 1) / 2)});
   }
 
   absl::Status Decode(int batch) {
@@ -101,28 +104,39 @@ class EngineBench {
       seconds.push_back(SecondsNow() - begin);
     }
     const int64_t positions = batch * (depth + flags_.steps / 2);
-    const int64_t multiply_adds = batch * (rank_.decoder->multiply_adds() + rank_.decoder->output_multiply_adds()) +
-                                  AttentionMultiplyAdds(positions);
-    return Add(absl::StrCat("decode batch ", batch, " depth ", depth), batch, Median(seconds),
-               rank_.decoder->weight_bytes() + KvBytes(positions), 2 * multiply_adds);
+    return Add(
+        absl::StrCat("decode batch ", batch, " depth ", depth), batch, Median(seconds),
+        {.bytes = rank_.decoder->weight_bytes() + KvBytes(positions),
+         .layer_multiply_adds = batch * rank_.decoder->multiply_adds(),
+         .other_multiply_adds = batch * rank_.decoder->output_multiply_adds() + AttentionMultiplyAdds(positions)});
   }
 
-  absl::Status Add(const std::string& work, int64_t tokens, double seconds, int64_t bytes, int64_t flops) {
-    RW_ASSIGN_OR_RETURN(const double all_bytes, SumOverRanks(static_cast<double>(bytes), device_, communicator_));
-    RW_ASSIGN_OR_RETURN(const double all_flops, SumOverRanks(static_cast<double>(flops), device_, communicator_));
+  // Of this rank; those of the layers' matrices are of integers when activations are.
+  struct Work {
+    int64_t bytes, layer_multiply_adds, other_multiply_adds;
+  };
+  absl::Status Add(const std::string& work, int64_t tokens, double seconds, const Work& own) {
+    const auto sum = [&](int64_t value) { return SumOverRanks(static_cast<double>(value), device_, communicator_); };
+    RW_ASSIGN_OR_RETURN(const double all_bytes, sum(own.bytes));
+    RW_ASSIGN_OR_RETURN(const double layer_flops, sum(2 * own.layer_multiply_adds));
+    RW_ASSIGN_OR_RETURN(const double other_flops, sum(2 * own.other_multiply_adds));
+    const double least_seconds = layer_flops / (has_integers_ ? int8_limit_ : fma_limit_) + other_flops / fma_limit_;
     figures_.push_back({.work = work,
                         .tokens_per_second = tokens / seconds,
                         .milliseconds = 1e3 * seconds,
                         .bytes_per_second = all_bytes / seconds,
                         .read_fraction = all_bytes / seconds / read_limit_,
-                        .flops_per_second = all_flops / seconds,
-                        .fma_fraction = all_flops / seconds / fma_limit_});
+                        .flops_per_second = (layer_flops + other_flops) / seconds,
+                        .compute_fraction = least_seconds / seconds});
     return absl::OkStatus();
   }
 
   void Print() const {
     if (flags_.is_json) {
-      nlohmann::json out{{"read_limit_bytes_per_second", read_limit_}, {"fma_limit_flops_per_second", fma_limit_}};
+      nlohmann::json out{{"activations", kernels::ActivationsName(rank_.decoder->activations())},
+                         {"read_limit_bytes_per_second", read_limit_},
+                         {"fma_limit_flops_per_second", fma_limit_},
+                         {"int8_limit_ops_per_second", int8_limit_}};
       for (const Figure& f : figures_) {
         out["figures"].push_back({{"work", f.work},
                                   {"tokens_per_second", f.tokens_per_second},
@@ -130,19 +144,22 @@ class EngineBench {
                                   {"bytes_per_second", f.bytes_per_second},
                                   {"read_fraction", f.read_fraction},
                                   {"flops_per_second", f.flops_per_second},
-                                  {"fma_fraction", f.fma_fraction}});
+                                  {"compute_fraction", f.compute_fraction}});
       }
       std::printf("%s\n", out.dump(2).c_str());
       return;
     }
-    std::printf("limits measured in this run, all ranks: %.1f GB/s %s, %.1f GFLOP/s %s\n\n", read_limit_ / 1e9,
+    std::printf("limits measured in this run, all ranks: %.1f GB/s %s, %.1f GFLOP/s %s", read_limit_ / 1e9,
                 device_.gpu < 0 ? "read" : "copied", fma_limit_ / 1e9, device_.gpu < 0 ? "f32 fma" : "bf16 matmul");
+    if (has_integers_)
+      std::printf(", %.1f GOP/s int8, in which the layers' matrices are multiplied", int8_limit_ / 1e9);
+    std::printf("\n\n");
     std::printf("%-28s %10s %10s %8s %9s %9s %9s\n", "work", "tokens/s", "ms", "GB/s", "of limit", "GFLOP/s",
                 "of limit");
     for (const Figure& f : figures_) {
       std::printf("%-28s %10.2f %10.2f %8.2f %8.0f%% %9.1f %8.0f%%\n", f.work.c_str(), f.tokens_per_second,
                   f.milliseconds, f.bytes_per_second / 1e9, 100 * f.read_fraction, f.flops_per_second / 1e9,
-                  100 * f.fma_fraction);
+                  100 * f.compute_fraction);
     }
   }
 
@@ -151,7 +168,8 @@ class EngineBench {
   const device::Device& device_;
   comm::Communicator& communicator_;
   const weights::ModelConfig& config_;
-  double read_limit_ = 0, fma_limit_ = 0;
+  const bool has_integers_ = rank_.decoder->activations() == kernels::Activations::kInt8;
+  double read_limit_ = 0, fma_limit_ = 0, int8_limit_ = 0;
   std::vector<Figure> figures_;
 };
 
@@ -176,9 +194,9 @@ absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const
                                                    " tokens needs more KV memory: give --kv-memory"));
   }
   if (communicator.rank() == 0 && !flags.is_json) {
-    std::printf("%s, %s, tp %d, kv %s, %.3f GB of weights per rank\n", options.model_dir.c_str(),
+    std::printf("%s, %s, tp %d, kv %s, %s activations, %.3f GB of weights per rank\n", options.model_dir.c_str(),
                 device.backend->Description().c_str(), communicator.size(), rank.kv.c_str(),
-                rank.decoder->weight_bytes() / 1e9);
+                kernels::ActivationsName(rank.decoder->activations()), rank.decoder->weight_bytes() / 1e9);
   }
   return EngineBench(flags, rank, device, communicator).Run(limits);
 }
@@ -197,6 +215,12 @@ void AddRankFlags(CLI::App& app, RankFlags& flags) {
 void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
   AddRankFlags(app, ranks);
   app.add_option("--kv", ranks.rank.kv, absl::StrJoin(kv::KvNames(), ", "))->default_str(kDefaultKvFormat);
+  app.add_option_function<std::string>(
+         "--activations",
+         [&ranks](const std::string& name) { ranks.device.cpu.activations = kernels::ActivationsByName().at(name); },
+         kernels::kActivationsHelp)
+      ->check(CLI::IsMember(kernels::ActivationsByName()))
+      ->default_str(kernels::ActivationsName(ranks.device.cpu.activations));
   app.add_option("--batch", flags.batches, "Batch sizes of decode, e.g. 1,8,32")->delimiter(',')->capture_default_str();
   app.add_option("--depth", flags.depth, "Tokens in the cache before decode begins")->capture_default_str();
   app.add_option("--prompt", flags.prompt, "Tokens of the prefill; 0 leaves it out")->capture_default_str();

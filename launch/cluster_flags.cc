@@ -35,6 +35,9 @@ void AddClusterFlags(CLI::App& command, ClusterFlags& flags) {
   command.add_option("--threads", flags.threads, "Threads of one rank; 0: this host's CPUs shared out")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+  command.add_option("--activations", flags.activations, kernels::kActivationsHelp)
+      ->check(CLI::IsMember(kernels::ActivationsByName()))
+      ->capture_default_str();
   command.add_option("--kv-memory", flags.kv_memory, "Memory for keys and values on each rank, as in 512M or 20G");
   command.add_option("--mpirun", flags.mpirun, "Open MPI's launcher")->capture_default_str();
   command.add_option("--log-folder", flags.log_folder, "Write a log file for each program there, instead of stderr");
@@ -64,7 +67,8 @@ absl::StatusOr<ClusterOptions> ToClusterOptions(const ClusterFlags& flags) {
   }
   const int threads = flags.threads > 0 ? flags.threads : std::max(1, UsableCpus() / (flags.tp * flags.replicas));
   options.coordinator_flags = {"--log-level", flags.log_level};
-  options.worker_flags = {"--device", flags.device, "--threads", absl::StrCat(threads), "--log-level", flags.log_level};
+  options.worker_flags = {"--device",    flags.device,    "--threads",     absl::StrCat(threads),
+                          "--log-level", flags.log_level, "--activations", flags.activations};
   if (flags.is_gpu_sharing_allowed) options.worker_flags.push_back("--allow-shared-gpu");
   if (!flags.kv_memory.empty())
     options.worker_flags.insert(options.worker_flags.end(), {"--kv-memory", flags.kv_memory});

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "kernels/backend.h"
 #include "launch/local_cluster.h"
 
 namespace rankwise::launch {
@@ -16,6 +17,7 @@ struct ClusterFlags {
   std::string device = "auto";
   bool is_gpu_sharing_allowed = false;
   int threads = 0;  // of one rank; 0: this host's CPUs shared out
+  std::string activations = kernels::ActivationsName(kernels::Activations::kFloat);
   std::string kv_memory;
   std::string mpirun = "mpirun";
   std::string log_folder;

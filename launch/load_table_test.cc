@@ -99,6 +99,16 @@ TEST(RankTable, ShowsWhoKeepsTheOthersWaiting) {
   EXPECT_THAT(RankTable(load), Not(HasSubstr("+50%")));
 }
 
+TEST(ModelLines, NameTheArithmetic) {
+  rankwise::v1::GetModelInfoResponse model;
+  model.set_kv_format("int8");
+  model.set_kv_scales_id("27ba");
+  model.set_activations("float");
+  EXPECT_THAT(ModelLines(model), HasSubstr("kv int8 (scales 27ba), up to"));
+  model.set_activations("int8");
+  EXPECT_THAT(ModelLines(model), HasSubstr("kv int8 (scales 27ba), int8 activations, up to"));
+}
+
 TEST(CacheLine, ComparesWithF16) {
   GetLoadResponse load;
   GroupLoad& group = AddGroup(load, 0, 1, 0, 0);

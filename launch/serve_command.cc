@@ -119,10 +119,10 @@ void PrintReady(LocalCluster& cluster, const ClusterOptions& options) {
   context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(5)));
   rankwise::v1::GetModelInfoResponse model;
   const grpc::Status status = cluster.stub().GetModelInfo(&context, {}, &model);
-  absl::PrintF("rankwise: serving %s at %s (tp %d, %d group%s, kv %s, %s)\n",
+  absl::PrintF("rankwise: serving %s at %s (tp %d, %d group%s, kv %s%s, %s)\n",
                status.ok() ? model.model_name() : options.model, cluster.endpoint(), options.tp, options.replicas,
                options.replicas == 1 ? "" : "s", status.ok() ? model.kv_format() : "?",
-               status.ok() ? model.backend() : "?");
+               model.activations() == "int8" ? ", int8 activations" : "", status.ok() ? model.backend() : "?");
   if (options.has_tokens) {
     const std::string in_home = HomeTokenFileOf(cluster.endpoint());
     const bool is_there = access(in_home.c_str(), R_OK) == 0;

@@ -153,6 +153,26 @@ TEST_F(QuantizedModel, ServesTheBitsOfItsFloats) {
   }
 }
 
+TEST_F(QuantizedModel, RanksOfOneGroupMultiplyAlike) {
+  const std::string model = Random("llama");
+  engine::RankOptions options;
+  options.kv = "f16";
+  options.max_tokens = options.max_step_rows = 64;
+  const auto start = [&](const std::string& folder) {
+    options.model_dir = folder;
+    return ThreadGroup::Start(options, 2, [](int rank) {
+      return kernels::CreateCpuBackend(
+          {.threads = 1, .activations = rank == 0 ? kernels::Activations::kFloat : kernels::Activations::kInt8});
+    });
+  };
+  const absl::Status refused = start(Quantize(model, 4, 64)).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("rank 0 has model "));
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("kv f16, activations float; rank 1 has model "));
+  // Weights of floats are the same in both.
+  EXPECT_EQ(start(model).status(), absl::OkStatus());
+}
+
 TEST_F(QuantizedModel, IsCloseToItsSource) {
   const std::string model = Random("llama");
   const auto source = weights::ListTensors(model);

@@ -40,6 +40,7 @@ struct Flags {
   engine::RankOptions rank;
   device::DeviceOptions device;
   std::string kv_memory;
+  std::string activations = kernels::ActivationsName(kernels::Activations::kFloat);
   std::string coordinator;
   std::string coordinator_file;
   wire::CredentialFiles credentials;
@@ -100,6 +101,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--threads", flags.device.cpu.threads, "CPU threads of this rank")
       ->default_str("this host's CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.device.cpu.instruction_set, "avx2 or avx512; default the best there is");
+  app.add_option("--activations", flags.activations, kernels::kActivationsHelp)
+      ->check(CLI::IsMember(kernels::ActivationsByName()))
+      ->capture_default_str();
   app.add_option("--observe", flags.observe_dir,
                  "Calibration: keep statistics of K, V and inputs, and write them into this folder when stopped");
   app.add_option("--dataset", flags.samples.dataset, "With --observe: the data's name, kept in the statistics");
@@ -184,6 +188,7 @@ worker::v1::Join MakeJoin(const engine::Rank& rank, const Flags& flags, const ke
   model.set_kv_format(rank.kv);
   model.set_kv_scales_id(rank.kv_scales_id);
   model.set_backend(backend.Description());
+  model.set_activations(kernels::ActivationsName(rank.decoder->activations()));
   join.set_blocks_total(rank.scheduler_options.block_count);
   join.set_block_tokens(rank.scheduler_options.block_tokens);
   join.set_max_running(rank.scheduler_options.slot_count);
@@ -288,6 +293,10 @@ int Run(Flags& flags) {
     spdlog::info("{} ready in {:.1f} s: {}, {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
                  absl::ToDoubleSeconds(absl::Now() - begin), device.backend->Description(), communicator.Description(),
                  rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
+    if (rank.decoder->activations() != flags.device.cpu.activations) {
+      spdlog::warn("--activations {}: {} has no quantised weights and is computed in floats", flags.activations,
+                   flags.rank.model_dir);
+    }
   }
   const std::function<std::string()> report = [&] { return OwnLoad(rank, host.TakeStepTimes()).SerializeAsString(); };
   absl::Status ended = is_lead ? Lead(flags, credentials, rank, *device.backend, communicator, address, report)
@@ -332,6 +341,7 @@ int main(int argc, char** argv) {
     }
     flags.rank.kv_memory_bytes = static_cast<int64_t>(bytes);
   }
+  flags.device.cpu.activations = kernels::ActivationsByName().at(flags.activations);
   flags.rank.collective_timeout = absl::Seconds(flags.step_timeout_seconds);
   flags.rank.has_prefix_cache = !flags.has_no_prefix_cache && flags.observe_dir.empty();
   flags.rank.observes = !flags.observe_dir.empty();

@@ -83,8 +83,8 @@ class Attachment final : public grpc::ServerBidiReactor<FromGroup, ToGroup>, pub
     if (!welcome.ok()) return welcome.status();
     epoch_ = welcome->epoch();
     const rankwise::v1::GetModelInfoResponse& model = incoming_.join().model();
-    spdlog::info("group {} joined as epoch {} from {}: tp {}, kv {}, {}", welcome->group(), welcome->epoch(), peer_,
-                 model.tp(), model.kv_format(), model.backend());
+    spdlog::info("group {} joined as epoch {} from {}: tp {}, kv {}, {} activations, {}", welcome->group(),
+                 welcome->epoch(), peer_, model.tp(), model.kv_format(), model.activations(), model.backend());
     return absl::OkStatus();
   }
 

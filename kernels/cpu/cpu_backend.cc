@@ -61,7 +61,7 @@ CpuBackend::CpuBackend(const IsaKernels& isa, const CpuOptions& options, int thr
 
 std::string CpuBackend::Description() const {
   return absl::StrCat("cpu ", isa_.name, ", ", team_.size(), team_.size() == 1 ? " thread" : " threads",
-                      activations_ == Activations::kInt8 ? absl::StrCat(", int8 activations by ", integers_.name) : "");
+                      activations_ == Activations::kInt8 ? absl::StrCat(", integers by ", integers_.name) : "");
 }
 
 absl::StatusOr<Backend::Floats> CpuBackend::Allocate(int64_t count) {

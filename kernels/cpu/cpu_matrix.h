@@ -23,6 +23,7 @@ class CpuMatrix : public PackedMatrix {
   int64_t n_out() const override { return shape_.n_out; }
   int64_t n_in() const override { return shape_.n_in; }
   int64_t bytes() const override { return panel_count() * panel_bytes(); }
+  Activations activations() const override { return takes_integers() ? Activations::kInt8 : Activations::kFloat; }
 
   DType dtype() const { return shape_.dtype; }
   const PackedShape& shape() const { return shape_; }

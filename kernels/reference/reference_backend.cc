@@ -31,6 +31,7 @@ class ReferenceMatrix : public PackedMatrix {
   int64_t n_out() const override { return shape_.n_out; }
   int64_t n_in() const override { return shape_.n_in; }
   int64_t bytes() const override { return static_cast<int64_t>(values_.size() * sizeof(float)); }
+  Activations activations() const override { return groups_.empty() ? Activations::kFloat : Activations::kInt8; }
   float at(int64_t out, int64_t in) const { return values_[out * shape_.n_in + in]; }
   // A row of inputs as it is multiplied.
   std::vector<double> Input(const float* x) const {

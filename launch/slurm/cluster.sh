@@ -20,7 +20,8 @@ readonly cluster_options="  --model DIR           model folder or workspace, rea
   --replicas N          groups (1)
   --nodes-per-group N   nodes of one group (as few as hold it)
   --threads N           threads of one rank (SLURM_CPUS_PER_TASK, else this node's CPUs of the job shared out)
-  --kv FORMAT, --kv-scales DIR, --kv-memory SIZE, --max-tokens N, --max-running N, --device D   as in rankwise serve
+  --kv FORMAT, --kv-scales DIR, --kv-memory SIZE, --max-tokens N, --max-running N, --device D, --activations A
+                        as in rankwise serve
   --drain-timeout N     seconds that live requests get to finish at the end (60)"
 
 complain() { echo "rankwise: $*" >&2; }
@@ -33,7 +34,8 @@ parse_cluster_option() {
     --nodes-per-group) nodes_per_group=$2 ;;
     --threads) threads=$2 ;;
     --drain-timeout) drain_seconds=$2 ;;
-    --kv | --kv-scales | --kv-memory | --max-tokens | --max-running | --device | --step-timeout) worker_flags+=("$1" "$2") ;;
+    --kv | --kv-scales | --kv-memory | --max-tokens | --max-running | --device | --activations | --step-timeout)
+      worker_flags+=("$1" "$2") ;;
     --max-live | --group-timeout | --group-wait) coordinator_flags+=("$1" "$2") ;;
     *) return 1 ;;
   esac

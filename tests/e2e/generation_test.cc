@@ -157,6 +157,26 @@ TEST(Workspace, OfFourBitsServesTheTextOfItsAwqFolder) {
   EXPECT_EQ(texts[0], texts[1]);
 }
 
+TEST(Activations, OfEightBitsGiveTheSameTokensOnOneAndTwoRanksAndAreNamed) {
+  const std::string quantized = ScratchFolder() + "/w8";
+  const auto made = RunProgram("rankwise", {"quantize", DemoModel(), quantized, "--bits", "8", "--group-size", "128"});
+  ASSERT_TRUE(made.ok()) << made.status();
+  ASSERT_TRUE(made->state.is_success()) << made->log;
+  std::vector<std::vector<int32_t>> sampled;
+  for (const int tp : {1, 2}) {
+    const auto cluster = Serve({.model = quantized, .tp = tp, .kv = "f16", .worker_flags = {"--activations", "int8"}});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    const Reply reply = Generate((*cluster)->stub(), Sampled(kPrompt, 64, 7));
+    ExpectWhole(reply);
+    sampled.push_back(reply.ids);
+    const auto status = RunProgram("rankwise", {"status", "--endpoint", (*cluster)->endpoint()});
+    ASSERT_TRUE(status.ok()) << status.status();
+    EXPECT_THAT(status->log, HasSubstr(absl::StrCat("tp ", tp, ", kv f16, int8 activations, up to")));
+  }
+  EXPECT_THAT(sampled[0], Not(IsEmpty()));
+  EXPECT_EQ(sampled[0], sampled[1]);
+}
+
 class Requests : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {

@@ -34,6 +34,10 @@ struct OwnGpu {
 };
 
 absl::StatusOr<OwnGpu> FindGpu(const DeviceOptions& options) {
+  if (options.cpu.activations != kernels::Activations::kFloat) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--activations ", kernels::ActivationsName(options.cpu.activations), " is of the CPU backend"));
+  }
   OwnGpu own;
   RW_ASSIGN_OR_RETURN(own.plugin, kernels::OpenCudaPlugin(options.plugin_folder));
   RW_ASSIGN_OR_RETURN(const std::vector<kernels::Gpu> gpus, own.plugin->list_gpus());

@@ -138,6 +138,23 @@ TEST(DeviceTest, CpuLooksForNoPlugin) {
   EXPECT_EQ(log.text(), "");
 }
 
+TEST(DeviceTest, Int8ActivationsAreOfTheCpu) {
+  PluginFolder folder("int8");
+  folder.With(kFakeCuda, kernels::kCudaPluginFile).With(kFakeNccl, kNcclPluginFile);
+  DeviceOptions options{.device = "cuda", .plugin_folder = folder.path()};
+  options.cpu.activations = kernels::Activations::kInt8;
+  for (const RankResult& rank : Open(2, "a,b", options)) {
+    EXPECT_EQ(rank.status, absl::InvalidArgumentError("--device cuda: --activations int8 is of the CPU backend"));
+  }
+  const LoggedText log;
+  options.device = "auto";
+  for (const RankResult& rank : Open(2, "a,b", options)) {
+    EXPECT_EQ(rank.status, absl::OkStatus());
+    EXPECT_THAT(rank.backend, HasSubstr("integers by "));
+  }
+  EXPECT_THAT(log.text(), HasSubstr("--device auto takes the CPU: --activations int8 is of the CPU backend"));
+}
+
 TEST(DeviceTest, AnUnknownDeviceIsRefused) {
   EXPECT_EQ(Open(1, "", {.device = "gpu"})[0].status,
             absl::InvalidArgumentError("--device gpu is not one of auto, cpu, cuda"));

@@ -28,6 +28,21 @@ absl::StatusOr<int64_t> AgreeOnMinimum(int64_t own, comm::Communicator& communic
   return own;
 }
 
+// Collective: ranks started with different flags would add up parts of different sums.
+absl::Status AgreeOnNumbers(const Rank& rank, comm::Communicator& communicator, absl::Duration timeout) {
+  const std::string own =
+      absl::StrCat("model ", rank.checkpoint->fingerprint(), ", kv ", rank.kv,
+                   rank.kv_scales_id.empty() ? "" : absl::StrCat(" (scales ", rank.kv_scales_id, ")"), ", activations ",
+                   kernels::ActivationsName(rank.decoder->activations()));
+  RW_ASSIGN_OR_RETURN(const std::vector<std::string> all, comm::Exchange(own, communicator, timeout));
+  for (size_t r = 1; r < all.size(); ++r) {
+    if (all[r] == all[0]) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("the ranks of a group must compute alike: rank 0 has ", all[0], "; rank ", r, " has ", all[r]));
+  }
+  return absl::OkStatus();
+}
+
 // Dynamic NTK reaches past the trained length, but only when asked: it turns every angle, those of short requests too.
 int64_t LongestContext(const weights::ModelConfig& config) {
   const bool is_dynamic = config.rope.scaling == weights::RopeConfig::Scaling::kDynamicNtk;
@@ -145,6 +160,7 @@ absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& back
   // Packing takes as long as reading the checkpoint does: minutes from a cold disk.
   RW_RETURN_IF_ERROR(AgreeOnStatus(decoder.status(), communicator, timeout + absl::Minutes(10)));
   rank.decoder = *std::move(decoder);
+  RW_RETURN_IF_ERROR(AgreeOnNumbers(rank, communicator, timeout));
 
   const auto max_positions = static_cast<int32_t>(prepared->decoder.max_positions);
   rank.executor = std::make_unique<Executor>(

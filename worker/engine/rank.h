@@ -46,7 +46,8 @@ struct Rank {
 };
 
 // Collective: loads this rank's slice. If any rank fails, all return an error: the failing ranks' own, joined. All
-// ranks agree on the smallest block count. Borrows backend and communicator.
+// ranks agree on the smallest block count; InvalidArgument when their model, KV format, scales or activations differ.
+// Borrows backend and communicator.
 absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& backend, comm::Communicator& communicator);
 
 // Collective: OK when every rank is; otherwise the first failing rank's error, its message naming all that failed.

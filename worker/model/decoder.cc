@@ -176,6 +176,15 @@ int64_t Decoder::multiply_adds() const {
 
 int64_t Decoder::output_multiply_adds() const { return output_->n_in() * output_->n_out(); }
 
+kernels::Activations Decoder::activations() const {
+  for (const Layer& layer : layers_) {
+    for (const auto* matrix : {layer.qkv.get(), layer.wo.get(), layer.gate_up.get(), layer.w2.get()}) {
+      if (matrix->activations() == kernels::Activations::kInt8) return kernels::Activations::kInt8;
+    }
+  }
+  return kernels::Activations::kFloat;
+}
+
 absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
                               const LogitsSink& sink) {
   RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
