@@ -128,6 +128,8 @@ absl::Status WriteCharts(const MemoryFlags& flags, Chart chart) {
   const std::string model = std::filesystem::path(flags.model + "/").parent_path().filename();
   chart.title =
       absl::StrCat(model, ", tp ", flags.tp, ", ", flags.sequence_tokens, " tokens a sequence: ", chart.title);
+  chart.x_title = "batch (sequences at full length)";
+  chart.y_title = "MiB";
   for (ChartLine& line : chart.lines) {
     std::ranges::sort(line.points);
     std::ranges::sort(line.markers);

@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
-#include "launch/memory_chart.h"
+#include "launch/chart.h"
 #include "launch/memory_plan.h"
 #include "worker/weights/model_config.h"
 

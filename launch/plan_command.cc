@@ -88,7 +88,7 @@ absl::Status Plan(const PlanFlags& flags) {
   RW_ASSIGN_OR_RETURN(const std::optional<Overhead> overhead, ParseOverhead(flags.overhead));
   for (const std::string& kv : flags.memory.kv) RW_RETURN_IF_ERROR(OptionsFor(flags.memory, model, kv, 1).status());
   const auto limit = static_cast<int64_t>(flags.limit_bytes);
-  Chart chart{.title = "largest rank", .limit_mib = Mib(limit)};
+  Chart chart{.title = "largest rank", .y_limit = Mib(limit)};
   std::string largest;
   for (const std::string& kv : flags.memory.kv) {
     chart.lines.push_back({.name = kv});

@@ -1,9 +1,10 @@
-#include "launch/memory_chart.h"
+#include "launch/chart.h"
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <filesystem>
+#include <limits>
 #include <system_error>
 
 #include "absl/strings/str_cat.h"
@@ -24,33 +25,45 @@ constexpr absl::Duration kPatience = absl::Seconds(60);
 
 const char* ColourOf(size_t line) { return kColours[line % kColours.size()]; }
 
-double Most(const Chart& chart, bool of_batch) {
-  double most = of_batch ? 0 : chart.limit_mib;
-  for (const ChartLine& line : chart.lines) {
-    for (const auto* points : {&line.points, &line.markers}) {
-      for (const auto& [batch, mib] : *points) most = std::max(most, of_batch ? batch : mib);
-    }
-  }
-  return most;
-}
-
 std::string XmlText(const std::string& text) {
   return absl::StrReplaceAll(text, {{"&", "&amp;"}, {"<", "&lt;"}, {">", "&gt;"}});
 }
 
-// From a batch and MiB to the picture's units.
+// From values to the picture's units.
 class Scale {
  public:
-  explicit Scale(const Chart& chart)
-      : batch_ticks_(ChartTicks(Most(chart, true))), mib_ticks_(ChartTicks(Most(chart, false))) {}
+  explicit Scale(const Chart& chart) : is_x_logarithmic_(chart.is_x_logarithmic) {
+    double x_least = std::numeric_limits<double>::infinity(), x_most = 0, y_most = chart.y_limit;
+    for (const ChartLine& line : chart.lines) {
+      for (const auto* points : {&line.points, &line.markers}) {
+        for (const auto& [x, y] : *points) {
+          x_least = std::min(x_least, x);
+          x_most = std::max(x_most, x);
+          y_most = std::max(y_most, y);
+        }
+      }
+    }
+    if (is_x_logarithmic_) {
+      x_ticks_ = x_most > 0 ? DecadeTicks(x_least, x_most) : std::vector<double>{1, 10};
+    } else {
+      x_ticks_ = ChartTicks(x_most);
+    }
+    y_ticks_ = ChartTicks(y_most);
+  }
 
-  double x(double batch) const { return kLeft + (kRight - kLeft) * batch / batch_ticks_.back(); }
-  double y(double mib) const { return kBottom - (kBottom - kTop) * mib / mib_ticks_.back(); }
-  const std::vector<double>& batch_ticks() const { return batch_ticks_; }
-  const std::vector<double>& mib_ticks() const { return mib_ticks_; }
+  double x(double value) const {
+    const double first = Along(x_ticks_.front()), last = Along(x_ticks_.back());
+    return kLeft + (kRight - kLeft) * (Along(value) - first) / (last - first);
+  }
+  double y(double value) const { return kBottom - (kBottom - kTop) * value / y_ticks_.back(); }
+  const std::vector<double>& x_ticks() const { return x_ticks_; }
+  const std::vector<double>& y_ticks() const { return y_ticks_; }
 
  private:
-  const std::vector<double> batch_ticks_, mib_ticks_;
+  double Along(double x) const { return is_x_logarithmic_ ? std::log10(x) : x; }
+
+  const bool is_x_logarithmic_;
+  std::vector<double> x_ticks_, y_ticks_;
 };
 
 std::string SvgText(double x, double y, const std::string& anchor, const std::string& text) {
@@ -61,32 +74,32 @@ std::string SvgLevel(double x1, double y1, double x2, double y2, const std::stri
   return absl::StrFormat("<line x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" %s/>\n", x1, y1, x2, y2, style);
 }
 
-std::string SvgAxes(const Scale& scale) {
+std::string SvgAxes(const Chart& chart, const Scale& scale) {
   std::string svg;
-  for (const double mib : scale.mib_ticks()) {
-    absl::StrAppend(&svg, SvgLevel(kLeft, scale.y(mib), kRight, scale.y(mib), "stroke=\"#ddd\""),
-                    SvgText(kLeft - 8, scale.y(mib) + 4, "end", absl::StrFormat("%g", mib)));
+  for (const double y : scale.y_ticks()) {
+    absl::StrAppend(&svg, SvgLevel(kLeft, scale.y(y), kRight, scale.y(y), "stroke=\"#ddd\""),
+                    SvgText(kLeft - 8, scale.y(y) + 4, "end", absl::StrFormat("%g", y)));
   }
-  for (const double batch : scale.batch_ticks()) {
-    absl::StrAppend(&svg, SvgLevel(scale.x(batch), kBottom, scale.x(batch), kBottom + 5, "stroke=\"#333\""),
-                    SvgText(scale.x(batch), kBottom + 20, "middle", absl::StrFormat("%g", batch)));
+  for (const double x : scale.x_ticks()) {
+    absl::StrAppend(&svg, SvgLevel(scale.x(x), kBottom, scale.x(x), kBottom + 5, "stroke=\"#333\""),
+                    SvgText(scale.x(x), kBottom + 20, "middle", absl::StrFormat("%g", x)));
   }
   absl::StrAppend(&svg, SvgLevel(kLeft, kBottom, kRight, kBottom, "stroke=\"#333\""),
                   SvgLevel(kLeft, kTop, kLeft, kBottom, "stroke=\"#333\""),
-                  SvgText((kLeft + kRight) / 2, kBottom + 44, "middle", "batch (sequences at full length)"),
-                  SvgText(kLeft - 8, kTop - 12, "end", "MiB"));
+                  SvgText((kLeft + kRight) / 2, kBottom + 44, "middle", chart.x_title),
+                  SvgText(kLeft - 8, kTop - 12, "end", chart.y_title));
   return svg;
 }
 
 std::string SvgLine(const Scale& scale, const ChartLine& line, size_t index) {
   std::string svg =
       absl::StrFormat("<polyline fill=\"none\" stroke-width=\"2\" stroke=\"%s\" points=\"", ColourOf(index));
-  for (const auto& [batch, mib] : line.points) absl::StrAppendFormat(&svg, "%.1f,%.1f ", scale.x(batch), scale.y(mib));
+  for (const auto& [x, y] : line.points) absl::StrAppendFormat(&svg, "%.1f,%.1f ", scale.x(x), scale.y(y));
   absl::StrAppend(&svg, "\"/>\n");
-  for (const auto& [batch, mib] : line.markers) {
+  for (const auto& [x, y] : line.markers) {
     absl::StrAppendFormat(&svg,
                           "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"white\" stroke=\"%s\" stroke-width=\"2\"/>\n",
-                          scale.x(batch), scale.y(mib), ColourOf(index));
+                          scale.x(x), scale.y(y), ColourOf(index));
   }
   const double y = kTop + 16 + 18 * static_cast<double>(index);
   absl::StrAppend(&svg,
@@ -103,7 +116,7 @@ std::string Quoted(const std::string& text) {
 
 std::string GnuplotBlock(const std::string& name, const std::vector<std::pair<double, double>>& points) {
   std::string block = absl::StrCat("$", name, " << END\n");
-  for (const auto& [batch, mib] : points) absl::StrAppendFormat(&block, "%.17g %.17g\n", batch, mib);
+  for (const auto& [x, y] : points) absl::StrAppendFormat(&block, "%.17g %.17g\n", x, y);
   return block + "END\n";
 }
 
@@ -119,13 +132,12 @@ std::string GnuplotScript(const Chart& chart, const std::string& output) {
     absl::StrAppendFormat(&plots, ", $markers%d using 1:2 with points pt 6 ps 1.5 lw 2 lc rgb '%s' title %s", i,
                           ColourOf(i), Quoted(line.name + ", measured"));
   }
-  if (chart.limit_mib > 0)
-    absl::StrAppendFormat(&plots, ", %.17g with lines lw 2 dt 2 lc rgb '#888888' title 'limit'", chart.limit_mib);
+  if (chart.y_limit > 0)
+    absl::StrAppendFormat(&plots, ", %.17g with lines lw 2 dt 2 lc rgb '#888888' title 'limit'", chart.y_limit);
   return absl::StrCat("set terminal pngcairo noenhanced size ", kWidth, ",", kHeight, "\nset output ", Quoted(output),
-                      "\nset title ", Quoted(chart.title),
-                      "\nset xlabel 'batch (sequences at full length)'\nset ylabel 'MiB'\nset xrange [0:*]\nset yrange "
-                      "[0:*]\nset grid ytics\nset key top left opaque\n",
-                      blocks, "plot ", plots, "\n");
+                      "\nset title ", Quoted(chart.title), "\nset xlabel ", Quoted(chart.x_title), "\nset ylabel ",
+                      Quoted(chart.y_title), chart.is_x_logarithmic ? "\nset logscale x" : "\nset xrange [0:*]",
+                      "\nset yrange [0:*]\nset grid ytics\nset key top left opaque\n", blocks, "plot ", plots, "\n");
 }
 
 }  // namespace
@@ -143,18 +155,26 @@ std::vector<double> ChartTicks(double most) {
   return ticks;
 }
 
+std::vector<double> DecadeTicks(double least, double most) {
+  const int first = static_cast<int>(std::floor(std::log10(least)));
+  const int last = std::max(first + 1, static_cast<int>(std::ceil(std::log10(most))));
+  std::vector<double> ticks;
+  for (int power = first; power <= last; ++power) ticks.push_back(std::pow(10, power));
+  return ticks;
+}
+
 std::string ChartSvg(const Chart& chart) {
   const Scale scale(chart);
   std::string svg = absl::StrFormat(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" font-family=\"sans-serif\" font-size=\"12\">\n"
       "<rect width=\"%g\" height=\"%g\" fill=\"white\"/>\n",
       kWidth, kHeight, kWidth, kHeight);
-  absl::StrAppend(&svg, SvgText(kWidth / 2, 22, "middle", chart.title), SvgAxes(scale));
+  absl::StrAppend(&svg, SvgText(kWidth / 2, 22, "middle", chart.title), SvgAxes(chart, scale));
   for (size_t i = 0; i < chart.lines.size(); ++i) absl::StrAppend(&svg, SvgLine(scale, chart.lines[i], i));
-  if (chart.limit_mib > 0) {
-    const double y = scale.y(chart.limit_mib);
+  if (chart.y_limit > 0) {
+    const double y = scale.y(chart.y_limit);
     absl::StrAppend(&svg, SvgLevel(kLeft, y, kRight, y, "stroke=\"#888\" stroke-dasharray=\"6 4\""),
-                    SvgText(kRight, y - 5, "end", absl::StrFormat("%g MiB", chart.limit_mib)));
+                    SvgText(kRight, y - 5, "end", absl::StrFormat("%g %s", chart.y_limit, chart.y_title)));
   }
   return svg + "</svg>\n";
 }
