@@ -8,6 +8,8 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "base/status_macros.h"
+#include "launch/arrivals.h"
 #include "tests/sim/simulation.h"
 
 namespace rankwise::sim {
@@ -28,9 +30,11 @@ absl::StatusOr<std::vector<Arrival>> Load(const Flags& flags, const Options& opt
   std::vector<Arrival> shape;
   std::mt19937_64 random(flags.seed);
   if (!flags.trace.empty()) {
-    auto read = ReadTrace(flags.trace, flags.divisor);
-    if (!read.ok()) return read.status();
-    shape = *std::move(read);
+    RW_ASSIGN_OR_RETURN(const auto trace, launch::ReadTrace(flags.trace, flags.divisor));
+    for (const launch::Arrival& arrival : trace) {
+      shape.push_back(
+          {.at = arrival.at, .prompt_tokens = arrival.prompt_tokens, .output_tokens = arrival.output_tokens});
+    }
   } else {
     std::lognormal_distribution<double> prompt(4, 1), output(2.5, 1);
     std::exponential_distribution<double> gap(1);

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
-#include <fstream>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -81,27 +80,6 @@ TEST(SimulationTest, AGreedyTenantTakesNoMoreThanItsShare) {
   const double before = absl::ToDoubleSeconds(alone.last_whole_by_tenant.at(1));
   const double after = absl::ToDoubleSeconds(both.last_whole_by_tenant.at(1));
   EXPECT_NEAR(after / before, 4.0 / 3, 0.1);
-}
-
-TEST(SimulationTest, ReadsTraces) {
-  const std::string folder = ::testing::TempDir();
-  std::ofstream(folder + "/a.csv") << "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
-                                      "2023-11-16 18:17:03.9799600,4808,10\r\n2023-11-16 18:17:04.4799600,3,8\r\n";
-  std::ofstream(folder + "/b.jsonl") << R"({"timestamp": 40, "input_length": 700, "output_length": 5})"
-                                     << "\n";
-  const auto csv = ReadTrace(folder + "/a.csv", 8);
-  ASSERT_TRUE(csv.ok()) << csv.status();
-  ASSERT_THAT(*csv, SizeIs(2));
-  EXPECT_EQ((*csv)[0].prompt_tokens, 601);
-  EXPECT_EQ((*csv)[1].at, absl::Milliseconds(500));
-  EXPECT_EQ((*csv)[1].prompt_tokens, 1);
-  const auto jsonl = ReadTrace(folder + "/b.jsonl", 1);
-  ASSERT_TRUE(jsonl.ok()) << jsonl.status();
-  EXPECT_EQ((*jsonl)[0].at, absl::Milliseconds(40));
-  EXPECT_EQ((*jsonl)[0].prompt_tokens, 700);
-  std::ofstream(folder + "/a.csv", std::ios::app) << "nonsense\n";
-  EXPECT_TRUE(absl::IsInvalidArgument(ReadTrace(folder + "/a.csv", 1).status()));
-  EXPECT_TRUE(absl::IsNotFound(ReadTrace(folder + "/none.csv", 1).status()));
 }
 
 }  // namespace

@@ -3,16 +3,11 @@
 #include <time.h>
 
 #include <algorithm>
-#include <fstream>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
-#include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 
 namespace rankwise::sim {
 namespace {
@@ -551,41 +546,6 @@ Scenario DrawScenario(uint64_t seed) {
     if (has_timeouts && often(25)) arrival.timeout = absl::Milliseconds(draw(10, 4000));
   }
   return scenario;
-}
-
-absl::StatusOr<std::vector<Arrival>> ReadTrace(const std::string& path, int length_divisor) {
-  std::ifstream file(path);
-  if (!file) return absl::NotFoundError(absl::StrCat("no trace ", path));
-  std::vector<Arrival> arrivals;
-  std::string line;
-  absl::Time first = absl::InfinitePast();
-  const auto add = [&](absl::Duration at, int64_t prompt, int64_t output) {
-    arrivals.push_back({.at = at,
-                        .prompt_tokens = static_cast<int32_t>(std::max<int64_t>(prompt / length_divisor, 1)),
-                        .output_tokens = static_cast<int32_t>(std::max<int64_t>(output / length_divisor, 1))});
-  };
-  while (std::getline(file, line)) {
-    if (absl::EndsWith(path, ".jsonl")) {
-      const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-      if (!json.is_object()) return absl::InvalidArgumentError(absl::StrCat(path, ": not a JSON object: ", line));
-      add(absl::Milliseconds(json.value("timestamp", 0)), json.value("input_length", 0),
-          json.value("output_length", 0));
-      continue;
-    }
-    const std::vector<std::string> fields = absl::StrSplit(line, ',');
-    absl::Time at;
-    std::string error;
-    int64_t prompt = 0, output = 0;
-    if (fields.size() != 3 || !absl::SimpleAtoi(fields[1], &prompt) || !absl::SimpleAtoi(fields[2], &output) ||
-        !absl::ParseTime("%Y-%m-%d %H:%M:%E*S", fields[0], &at, &error)) {
-      if (arrivals.empty()) continue;  // the header
-      return absl::InvalidArgumentError(absl::StrCat(path, ": not TIMESTAMP,ContextTokens,GeneratedTokens: ", line));
-    }
-    if (first == absl::InfinitePast()) first = at;
-    add(at - first, prompt, output);
-  }
-  std::ranges::stable_sort(arrivals, {}, &Arrival::at);
-  return arrivals;
 }
 
 double Quantile(std::vector<double> values, double q) {

@@ -80,10 +80,6 @@ struct Scenario {
 };
 Scenario DrawScenario(uint64_t seed);
 
-// Trace files: a .csv of TIMESTAMP,ContextTokens,GeneratedTokens or a .jsonl of timestamp (ms), input_length,
-// output_length. Lengths are divided by `length_divisor` (at least 1 remains).
-absl::StatusOr<std::vector<Arrival>> ReadTrace(const std::string& path, int length_divisor);
-
 double Quantile(std::vector<double> values, double q);
 
 }  // namespace rankwise::sim
