@@ -5,6 +5,9 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <random>
+#include <string>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -70,6 +73,48 @@ absl::StatusOr<std::vector<Arrival>> ReadTrace(const std::string& path, int leng
                         .output_tokens = static_cast<int32_t>(std::max<int64_t>(line.output / length_divisor, 1))});
   }
   return arrivals;
+}
+
+absl::StatusOr<TokenRange> ParseTokenRange(const std::string& text) {
+  const std::vector<std::string> parts = absl::StrSplit(text, absl::MaxSplits(':', 1));
+  TokenRange range;
+  if (!absl::SimpleAtoi(parts.front(), &range.least) || !absl::SimpleAtoi(parts.back(), &range.most) ||
+      range.least < 1 || range.most < range.least) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("\"", text, "\" is neither a number of tokens, as 128, nor a range of them, as 64:256"));
+  }
+  return range;
+}
+
+std::vector<Arrival> DrawArrivals(int64_t count, double requests_per_second, TokenRange prompt, TokenRange output,
+                                  uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::uniform_int_distribution<int32_t> prompt_tokens(prompt.least, prompt.most),
+      output_tokens(output.least, output.most);
+  std::exponential_distribution<double> gap(1);
+  std::vector<Arrival> arrivals;
+  absl::Duration at;
+  for (int64_t i = 0; i < count; ++i) {
+    if (requests_per_second > 0) at += absl::Seconds(gap(random) / requests_per_second);
+    Arrival& arrival = arrivals.emplace_back();
+    arrival.at = at;
+    arrival.prompt_tokens = prompt_tokens(random);
+    arrival.output_tokens = output_tokens(random);
+  }
+  return arrivals;
+}
+
+std::vector<int32_t> DrawPrompt(uint64_t seed, int64_t index, int32_t tokens, int32_t shared, int32_t vocab_size) {
+  std::vector<int32_t> ids;
+  std::uniform_int_distribution<int32_t> id(0, vocab_size - 1);
+  const auto draw_until = [&](int32_t end, std::seed_seq words) {
+    std::mt19937_64 random(words);
+    while (std::ssize(ids) < end) ids.push_back(id(random));
+  };
+  const uint64_t number = static_cast<uint64_t>(index) + 1;  // 0 is what all begin with
+  draw_until(std::min(tokens, shared), {seed, seed >> 32, uint64_t{0}, uint64_t{0}});
+  draw_until(tokens, {seed, seed >> 32, number, number >> 32});
+  return ids;
 }
 
 }  // namespace rankwise::launch

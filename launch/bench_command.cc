@@ -20,6 +20,7 @@ constexpr char kExamples[] = R"(Examples:
   rankwise bench engine --help      decode and prefill of a model
   rankwise bench kernels --help     each kernel on its own, on the CPU or, with --device cuda, on a GPU
   rankwise bench memory --help      the plan of `rankwise plan` against running ranks
+  rankwise bench serve --help       latencies and throughput of a running deployment
   rankwise bench engine --model ./TinyLlama-1.1B --tp 2)";
 
 // 1 when the words do not hold it; a malformed value is left to rankwise-bench to refuse.
@@ -66,6 +67,7 @@ void AddBench(CLI::App& app, Action& action) {
   command->prefix_command();
   command->set_help_flag();  // it belongs to rankwise-bench
   AddBenchMemory(*command, action);
+  AddBenchServe(*command, action);
   command->callback([command, &action] {
     if (!command->get_subcommands().empty()) return;
     action = [words = command->remaining()] { return Exec(words); };

@@ -235,7 +235,9 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   kv->add_flag("--record", flags.is_recorded, "Write dNLL and KL into the manifest of --kv-scales");
   app.require_subcommand(1);
-  app.footer("`rankwise bench memory --help`: the plan of `rankwise plan` against running ranks");
+  app.footer(
+      "`rankwise bench memory --help`: the plan of `rankwise plan` against running ranks\n"
+      "`rankwise bench serve --help`: latencies and throughput of a running deployment");
   CLI11_PARSE(app, argc, argv);
   rankwise::StartLog("bench", "warn");
   return Run(flags, engine->parsed());

@@ -65,8 +65,8 @@ absl::StatusOr<std::string> ResolveEndpoint(const EndpointFlags& flags) {
 }
 
 std::unique_ptr<rankwise::v1::Inference::Stub> ConnectTo(const std::string& endpoint,
-                                                         const wire::Credentials& credentials) {
-  grpc::ChannelArguments arguments;
+                                                         const wire::Credentials& credentials,
+                                                         grpc::ChannelArguments arguments) {
   // A coordinator that is started again is back within a second.
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);

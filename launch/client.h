@@ -33,7 +33,8 @@ std::string TokenFileOf(const std::string& endpoint_file);
 std::string HomeTokenFileOf(const std::string& endpoint);
 
 std::unique_ptr<rankwise::v1::Inference::Stub> ConnectTo(const std::string& endpoint,
-                                                         const wire::Credentials& credentials = {});
+                                                         const wire::Credentials& credentials = {},
+                                                         grpc::ChannelArguments arguments = {});
 // Endpoint and credentials of the flags.
 absl::StatusOr<std::unique_ptr<rankwise::v1::Inference::Stub>> Connect(const EndpointFlags& flags);
 

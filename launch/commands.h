@@ -25,6 +25,7 @@ void AddKvQparams(CLI::App& app, Action& action);
 void AddBench(CLI::App& app, Action& action);
 void AddEval(CLI::App& app, Action& action);
 void AddBenchMemory(CLI::App& bench, Action& action);
+void AddBenchServe(CLI::App& bench, Action& action);
 void AddPlan(CLI::App& app, Action& action);
 void AddBatch(CLI::App& app, Action& action);
 void AddPreflight(CLI::App& app, Action& action);
