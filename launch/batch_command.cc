@@ -15,7 +15,6 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_split.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
@@ -35,6 +34,7 @@
 #include "launch/interrupt.h"
 #include "launch/local_cluster.h"
 #include "launch/progress_bar.h"
+#include "proto/numerics.h"
 #include "worker/kv/kv_choice.h"
 
 namespace rankwise::launch {
@@ -215,14 +215,8 @@ absl::Status Server::End(int wake_fd) {
   return cluster_ != nullptr ? cluster_->Drain(wake_fd) : absl::OkStatus();
 }
 
-// Of all that answers depend on: on the CPU neither threads, nor instruction set, nor TP degrees that are powers of
-// two.
 batch::Served WhatServes(const GetModelInfoResponse& model) {
-  const std::pair<std::string, std::string> device = absl::StrSplit(model.backend(), absl::MaxSplits(' ', 1));
-  const bool is_power_of_two = (model.tp() & (model.tp() - 1)) == 0;
-  return {.model = model.model_name(),
-          .fingerprint = Digest(absl::StrCat(model.fingerprint(), "|", model.kv_format(), "|", model.kv_scales_id(),
-                                             "|", device.first, "|", is_power_of_two ? 0 : model.tp()))};
+  return {.model = model.model_name(), .fingerprint = Digest(wire::NumericsLine(model))};
 }
 
 std::optional<absl::Time> EndOfJob() {

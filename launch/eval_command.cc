@@ -31,6 +31,7 @@
 #include "launch/interrupt.h"
 #include "launch/local_cluster.h"
 #include "launch/progress_bar.h"
+#include "proto/numerics.h"
 
 namespace rankwise::launch {
 namespace {
@@ -221,21 +222,17 @@ absl::Status Evaluation::ReadText(eval::Asker& asker) {
   return absl::OkStatus();
 }
 
-// All that an answer depends on, on the CPU: neither threads nor instruction set (see ARCHITECTURE.md).
+// All that an answer depends on.
 json Evaluation::Header(const Planned& planned, const GetModelInfoResponse& model, const eval::Asker& asker) const {
-  const std::pair<std::string, std::string> device = absl::StrSplit(model.backend(), absl::MaxSplits(' ', 1));
-  return {{"rankwise_eval", 1},
-          {"task", planned.task.spec.name},
-          {"task_version", planned.task.version},
-          {"model", model.fingerprint()},
-          {"kv_format", model.kv_format()},
-          {"kv_scales", model.kv_scales_id()},
-          {"tp", model.tp()},
-          {"device", device.first},
-          {"context_tokens", context_tokens_},
-          {"shots", planned.shots},
-          {"seed", flags_.seed},
-          {"max_new_tokens", asker.NewTokens(planned.task.spec)}};
+  json header = {{"rankwise_eval", 1},
+                 {"task", planned.task.spec.name},
+                 {"task_version", planned.task.version},
+                 {"context_tokens", context_tokens_},
+                 {"shots", planned.shots},
+                 {"seed", flags_.seed},
+                 {"max_new_tokens", asker.NewTokens(planned.task.spec)}};
+  for (const auto& [name, value] : wire::Numerics(model)) header[name] = value;
+  return header;
 }
 
 absl::Status Evaluation::RunOne(size_t index, const Interrupt& interrupt) {
@@ -297,6 +294,7 @@ absl::StatusOr<eval::Report> Evaluation::MakeReport() const {
     report.configurations.push_back({.name = compared_[i].name,
                                      .kv_format = models_[i].kv_format(),
                                      .kv_scales = models_[i].kv_scales_id(),
+                                     .activations = models_[i].activations(),
                                      .backend = models_[i].backend(),
                                      .tp = models_[i].tp()});
   }

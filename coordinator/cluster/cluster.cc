@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "coordinator/cluster/retry_delay.h"
+#include "proto/numerics.h"
 
 namespace rankwise::cluster {
 namespace {
@@ -19,16 +20,17 @@ using worker::v1::ToGroup;
 constexpr absl::Duration kDrainRetryDelay = absl::Seconds(5), kUnknownRetryDelay = absl::Seconds(5);
 constexpr absl::Duration kLeastRetryDelay = absl::Milliseconds(100), kMostRetryDelay = absl::Seconds(60);
 
-absl::Status CheckSame(const char* what, const std::string& serves, const std::string& joins) {
+absl::Status CheckSame(const std::string& what, const std::string& serves, const std::string& joins) {
   if (serves == joins) return absl::OkStatus();
   return absl::FailedPreconditionError(
       absl::StrCat("this cluster serves ", what, " \"", serves, "\", the group has \"", joins, "\""));
 }
 
 absl::Status CheckSameModel(const GetModelInfoResponse& serves, const GetModelInfoResponse& joins) {
-  RW_RETURN_IF_ERROR(CheckSame("fingerprint", serves.fingerprint(), joins.fingerprint()));
-  RW_RETURN_IF_ERROR(CheckSame("kv_format", serves.kv_format(), joins.kv_format()));
-  RW_RETURN_IF_ERROR(CheckSame("kv_scales_id", serves.kv_scales_id(), joins.kv_scales_id()));
+  const auto serving = wire::Numerics(serves), joining = wire::Numerics(joins);
+  for (size_t i = 0; i < serving.size(); ++i) {
+    RW_RETURN_IF_ERROR(CheckSame(serving[i].first, serving[i].second, joining[i].second));
+  }
   RW_RETURN_IF_ERROR(CheckSame("vocab_size", absl::StrCat(serves.vocab_size()), absl::StrCat(joins.vocab_size())));
   return CheckSame("max_tokens", absl::StrCat(serves.max_tokens()), absl::StrCat(joins.max_tokens()));
 }

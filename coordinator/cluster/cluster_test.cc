@@ -181,6 +181,9 @@ TEST(JoinTest, GroupsMustServeTheSame) {
       {"fingerprint", [](auto& model) { model.set_fingerprint("g"); }},
       {"kv_format", [](auto& model) { model.set_kv_format("f16"); }},
       {"kv_scales_id", [](auto& model) { model.set_kv_scales_id("t"); }},
+      {"activations", [](auto& model) { model.set_activations("int8"); }},
+      {"device", [](auto& model) { model.set_backend("cuda GPU 0"); }},
+      {"tp", [](auto& model) { model.set_tp(3); }},
       {"vocab_size", [](auto& model) { model.set_vocab_size(7); }},
       {"max_tokens", [](auto& model) { model.set_max_tokens(7); }},
   };
@@ -203,6 +206,12 @@ TEST(JoinTest, GroupsMustServeTheSame) {
   }
   Cluster cluster({});
   EXPECT_TRUE(absl::IsInvalidArgument(cluster.Join(MakeJoin(0), nullptr, kStart).status()));
+  // What the same tokens may come from.
+  const SimulatedGroup first(cluster, kStart);
+  worker::v1::Join other = MakeJoin();
+  other.mutable_model()->set_tp(4);
+  other.mutable_model()->set_backend("cpu avx2, 7 threads");
+  const SimulatedGroup second(cluster, kStart, other);
 }
 
 TEST(RoutingTest, LeastOutstandingTokensThenLowestId) {

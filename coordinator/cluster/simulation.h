@@ -38,6 +38,9 @@ inline worker::v1::Join MakeJoin(uint32_t max_running = 4, uint32_t max_waiting 
   join.mutable_model()->set_fingerprint("f");
   join.mutable_model()->set_kv_format("int8");
   join.mutable_model()->set_kv_scales_id("s");
+  join.mutable_model()->set_activations("float");
+  join.mutable_model()->set_backend("cpu avx512, 2 threads");
+  join.mutable_model()->set_tp(2);
   join.mutable_model()->set_vocab_size(kVocabulary);
   join.mutable_model()->set_max_tokens(4096);
   join.set_max_running(max_running);

@@ -16,6 +16,7 @@
 #include "coordinator/frontend/generate_call.h"
 #include "coordinator/frontend/grpc_status.h"
 #include "proto/credentials.h"
+#include "proto/numerics.h"
 
 namespace rankwise::frontend {
 
@@ -130,7 +131,7 @@ absl::Status InferenceService::SubmitStream(const std::shared_ptr<RequestStream>
     if (!kept_.Add(stream)) return absl::AlreadyExistsError(absl::StrCat("request_id \"", id, "\" is known"));
     if (journal_ != nullptr && request.delivered.empty()) {
       const absl::Status journaled = journal_->Accept({.request = stream->request(),
-                                                       .fingerprint = model.fingerprint(),
+                                                       .numerics = wire::NumericsLine(model),
                                                        .accepted = stream->started(),
                                                        .deadline = request.deadline});
       if (!journaled.ok()) return give_up(absl::UnavailableError(absl::StrCat("the journal: ", journaled.message())));
@@ -146,9 +147,8 @@ void InferenceService::Restart(journal::JournaledRequest request, const rankwise
                                absl::Time now) {
   const std::string id = request.request.request_id();
   const absl::Status restarted = [&]() -> absl::Status {
-    if (request.fingerprint != model.fingerprint()) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("it began with model ", request.fingerprint, ", this is ", model.fingerprint()));
+    if (const std::string numerics = wire::NumericsLine(model); request.numerics != numerics) {
+      return absl::FailedPreconditionError(absl::StrCat("it began with ", request.numerics, "; this is ", numerics));
     }
     RW_ASSIGN_OR_RETURN(Admission admission, Admit(request.request, model, tokenizer_, 0));
     RW_ASSIGN_OR_RETURN(const std::shared_ptr<RequestStream> stream,

@@ -291,21 +291,24 @@ TEST_F(ResumeTest, ASampleEndsOnceAlsoWhenItsStreamIsResumed) {
   EXPECT_EQ(ends[1], 1);
 }
 
-TEST_F(ResumeTest, AnotherModelDoesNotGoOnWithIt) {
+TEST_F(ResumeTest, AnotherModelOrArithmeticDoesNotGoOnWithIt) {
   CoordinatorOptions options;
   options.journal.folder = folder_;
-  Start(options);
-  {
-    const auto worker = AddWorker(5);
-    std::map<uint32_t, Received> first;
-    EXPECT_FALSE(Read(Lingering("r", 20), first, 3).ok());
+  for (const auto& change : std::vector<std::function<void(rankwise::v1::GetModelInfoResponse&)>>{
+           [](auto& model) { model.set_fingerprint("another"); }, [](auto& model) { model.set_activations("int8"); }}) {
+    Start(options);
+    {
+      const auto worker = AddWorker(5);
+      std::map<uint32_t, Received> first;
+      EXPECT_FALSE(Read(Lingering("r", 20), first, 3).ok());
+    }
+    Start(options);
+    worker::v1::Join join = MakeJoin();
+    change(*join.mutable_model());
+    FakeWorker worker(coordinator_->worker_endpoint(), SIZE_MAX, join);
+    absl::SleepFor(absl::Milliseconds(60));
+    EXPECT_EQ(coordinator_->cluster().live(), 0u);
   }
-  Start(options);
-  worker::v1::Join join = MakeJoin();
-  join.mutable_model()->set_fingerprint("another");
-  FakeWorker worker(coordinator_->worker_endpoint(), SIZE_MAX, join);
-  absl::SleepFor(absl::Milliseconds(60));
-  EXPECT_EQ(coordinator_->cluster().live(), 0u);
 }
 
 }  // namespace

@@ -193,7 +193,7 @@ class SqliteJournal final : public Journal {
       if (!request.request.ParseFromString(requests.Column(1))) {
         return absl::FailedPreconditionError(absl::StrCat("journal: request ", requests.Column(0), " is no request"));
       }
-      request.fingerprint = requests.Column(2);
+      request.numerics = requests.Column(2);
       request.accepted = absl::FromUnixMicros(requests.IntegerColumn(3));
       const int64_t deadline_us = requests.IntegerColumn(4);
       if (deadline_us != INT64_MAX) request.deadline = absl::FromUnixMicros(deadline_us);
@@ -271,7 +271,7 @@ class SqliteJournal final : public Journal {
       const bool is_endless = request.deadline == absl::InfiniteFuture();
       code = accept.Text(id)
                  .Blob(request.request.SerializeAsString())
-                 .Text(request.fingerprint)
+                 .Text(request.numerics)
                  .Integer(absl::ToUnixMicros(request.accepted))
                  .Integer(is_endless ? INT64_MAX : absl::ToUnixMicros(request.deadline))
                  .Run();

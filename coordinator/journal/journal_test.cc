@@ -42,7 +42,7 @@ class JournalTest : public ::testing::Test {
 };
 
 JournaledRequest MakeRequest(const std::string& id, uint32_t n = 1) {
-  JournaledRequest request{.fingerprint = "f", .accepted = absl::FromUnixSeconds(1000)};
+  JournaledRequest request{.numerics = "f", .accepted = absl::FromUnixSeconds(1000)};
   request.request.set_request_id(id);
   request.request.set_text(absl::StrCat("prompt of ", id));
   request.request.set_n(n);
@@ -77,7 +77,7 @@ TEST_F(JournalTest, WhatWasAcceptedAndDeliveredComesBackInOrder) {
   const auto recovered = journal->TakeRecovered();
   ASSERT_THAT(recovered, SizeIs(2));
   EXPECT_EQ(recovered[0].request.text(), "prompt of b");
-  EXPECT_EQ(recovered[0].fingerprint, "f");
+  EXPECT_EQ(recovered[0].numerics, "f");
   EXPECT_EQ(recovered[0].deadline, absl::FromUnixSeconds(2000));
   EXPECT_EQ(recovered[0].accepted, absl::FromUnixSeconds(1000));
   ASSERT_THAT(recovered[0].samples, SizeIs(2));

@@ -370,6 +370,7 @@ json ToJson(const Report& report) {
     configurations.push_back({{"name", configuration.name},
                               {"kv_format", configuration.kv_format},
                               {"kv_scales", configuration.kv_scales},
+                              {"activations", configuration.activations},
                               {"tp", configuration.tp},
                               {"backend", configuration.backend}});
   }

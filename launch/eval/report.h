@@ -15,7 +15,7 @@ namespace rankwise::eval {
 
 struct Configuration {
   std::string name;
-  std::string kv_format, kv_scales, backend;
+  std::string kv_format, kv_scales, activations, backend;
   uint32_t tp = 1;
 };
 
