@@ -21,7 +21,8 @@ constexpr char kExamples[] = R"(Examples:
   rankwise bench kernels --help     each kernel on its own, on the CPU or, with --device cuda, on a GPU
   rankwise bench memory --help      the plan of `rankwise plan` against running ranks
   rankwise bench serve --help       latencies and throughput of a running deployment
-  rankwise bench engine --model ./TinyLlama-1.1B --tp 2)";
+  rankwise bench engine --model ./TinyLlama-1.1B --tp 2 --save before.json
+  rankwise bench engine --model ./TinyLlama-1.1B --tp 2 --compare before.json --tolerance 5 --fail-on-regression)";
 
 // 1 when the words do not hold it; a malformed value is left to rankwise-bench to refuse.
 int TensorParallelDegree(const std::vector<std::string>& words) {

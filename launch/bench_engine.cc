@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <nlohmann/json.hpp>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "worker/kv/kv_choice.h"
@@ -13,10 +13,12 @@
 namespace rankwise::launch {
 namespace {
 
+constexpr char kBench[] = "engine";
+
 absl::Status Ignore(int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }
 
 // One row of the table: work done by all ranks, against the sum of the ranks' limits.
-struct Figure {
+struct Measurement {
   std::string work;
   double tokens_per_second, milliseconds, bytes_per_second, read_fraction, flops_per_second, compute_fraction;
 };
@@ -33,8 +35,39 @@ class EngineBench {
     RW_ASSIGN_OR_RETURN(int8_limit_, SumOverRanks(limits.int8_ops_per_second, device_, communicator_));
     if (flags_.prompt > 0) RW_RETURN_IF_ERROR(Prefill());
     for (const int batch : flags_.batches) RW_RETURN_IF_ERROR(Decode(batch));
-    if (communicator_.rank() == 0) Print();
     return absl::OkStatus();
+  }
+
+  // What Run has measured, for a person and for a record.
+  std::string Text() const {
+    std::string text = absl::StrFormat("limits measured in this run, all ranks: %.1f GB/s %s, %.1f GFLOP/s %s",
+                                       read_limit_ / 1e9, device_.gpu < 0 ? "read" : "copied", fma_limit_ / 1e9,
+                                       device_.gpu < 0 ? "f32 fma" : "bf16 matmul");
+    if (has_integers_) {
+      absl::StrAppendFormat(&text, ", %.1f GOP/s int8, in which the layers' matrices are multiplied",
+                            int8_limit_ / 1e9);
+    }
+    absl::StrAppendFormat(&text, "\n\n%-28s %10s %10s %8s %9s %9s %9s\n", "work", "tokens/s", "ms", "GB/s", "of limit",
+                          "GFLOP/s", "of limit");
+    for (const Measurement& m : measurements_) {
+      absl::StrAppendFormat(&text, "%-28s %10.2f %10.2f %8.2f %8.0f%% %9.1f %8.0f%%\n", m.work, m.tokens_per_second,
+                            m.milliseconds, m.bytes_per_second / 1e9, 100 * m.read_fraction, m.flops_per_second / 1e9,
+                            100 * m.compute_fraction);
+    }
+    return text;
+  }
+
+  std::vector<Figure> Figures() const {
+    std::vector<Figure> figures = {{"limit of reads", "GB/s", read_limit_ / 1e9, Better::kNeither},
+                                   {"limit of arithmetic", "GFLOP/s", fma_limit_ / 1e9, Better::kNeither},
+                                   {"limit of int8 arithmetic", "GOP/s", int8_limit_ / 1e9, Better::kNeither}};
+    for (const Measurement& m : measurements_) {
+      figures.push_back({m.work, "tokens/s", m.tokens_per_second, Better::kHigher});
+      figures.push_back({m.work, "ms", m.milliseconds, Better::kLower});
+      figures.push_back({m.work, "% of reads", 100 * m.read_fraction, Better::kHigher});
+      figures.push_back({m.work, "% of arithmetic", 100 * m.compute_fraction, Better::kHigher});
+    }
+    return figures;
   }
 
  private:
@@ -121,46 +154,14 @@ class EngineBench {
     RW_ASSIGN_OR_RETURN(const double layer_flops, sum(2 * own.layer_multiply_adds));
     RW_ASSIGN_OR_RETURN(const double other_flops, sum(2 * own.other_multiply_adds));
     const double least_seconds = layer_flops / (has_integers_ ? int8_limit_ : fma_limit_) + other_flops / fma_limit_;
-    figures_.push_back({.work = work,
-                        .tokens_per_second = tokens / seconds,
-                        .milliseconds = 1e3 * seconds,
-                        .bytes_per_second = all_bytes / seconds,
-                        .read_fraction = all_bytes / seconds / read_limit_,
-                        .flops_per_second = (layer_flops + other_flops) / seconds,
-                        .compute_fraction = least_seconds / seconds});
+    measurements_.push_back({.work = work,
+                             .tokens_per_second = tokens / seconds,
+                             .milliseconds = 1e3 * seconds,
+                             .bytes_per_second = all_bytes / seconds,
+                             .read_fraction = all_bytes / seconds / read_limit_,
+                             .flops_per_second = (layer_flops + other_flops) / seconds,
+                             .compute_fraction = least_seconds / seconds});
     return absl::OkStatus();
-  }
-
-  void Print() const {
-    if (flags_.is_json) {
-      nlohmann::json out{{"activations", kernels::ActivationsName(rank_.decoder->activations())},
-                         {"read_limit_bytes_per_second", read_limit_},
-                         {"fma_limit_flops_per_second", fma_limit_},
-                         {"int8_limit_ops_per_second", int8_limit_}};
-      for (const Figure& f : figures_) {
-        out["figures"].push_back({{"work", f.work},
-                                  {"tokens_per_second", f.tokens_per_second},
-                                  {"milliseconds", f.milliseconds},
-                                  {"bytes_per_second", f.bytes_per_second},
-                                  {"read_fraction", f.read_fraction},
-                                  {"flops_per_second", f.flops_per_second},
-                                  {"compute_fraction", f.compute_fraction}});
-      }
-      std::printf("%s\n", out.dump(2).c_str());
-      return;
-    }
-    std::printf("limits measured in this run, all ranks: %.1f GB/s %s, %.1f GFLOP/s %s", read_limit_ / 1e9,
-                device_.gpu < 0 ? "read" : "copied", fma_limit_ / 1e9, device_.gpu < 0 ? "f32 fma" : "bf16 matmul");
-    if (has_integers_)
-      std::printf(", %.1f GOP/s int8, in which the layers' matrices are multiplied", int8_limit_ / 1e9);
-    std::printf("\n\n");
-    std::printf("%-28s %10s %10s %8s %9s %9s %9s\n", "work", "tokens/s", "ms", "GB/s", "of limit", "GFLOP/s",
-                "of limit");
-    for (const Figure& f : figures_) {
-      std::printf("%-28s %10.2f %10.2f %8.2f %8.0f%% %9.1f %8.0f%%\n", f.work.c_str(), f.tokens_per_second,
-                  f.milliseconds, f.bytes_per_second / 1e9, 100 * f.read_fraction, f.flops_per_second / 1e9,
-                  100 * f.compute_fraction);
-    }
   }
 
   const EngineFlags& flags_;
@@ -170,7 +171,7 @@ class EngineBench {
   const weights::ModelConfig& config_;
   const bool has_integers_ = rank_.decoder->activations() == kernels::Activations::kInt8;
   double read_limit_ = 0, fma_limit_ = 0, int8_limit_ = 0;
-  std::vector<Figure> figures_;
+  std::vector<Measurement> measurements_;
 };
 
 absl::StatusOr<kernels::MachineLimits> MeasureLimits(const RankFlags& ranks, const device::Device& device) {
@@ -182,6 +183,10 @@ absl::StatusOr<kernels::MachineLimits> MeasureLimits(const RankFlags& ranks, con
 
 absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const device::Device& device,
                          comm::Communicator& communicator) {
+  std::optional<BenchRecord> baseline;
+  if (communicator.rank() == 0) {
+    RW_ASSIGN_OR_RETURN(baseline, ReadBaseline(flags.record, kBench));
+  }
   RW_ASSIGN_OR_RETURN(const kernels::MachineLimits limits, MeasureLimits(ranks, device));
   engine::RankOptions options = ranks.rank;
   options.max_running = std::max(1, *std::ranges::max_element(flags.batches));
@@ -193,12 +198,16 @@ absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const
     return absl::InvalidArgumentError(absl::StrCat("batch ", options.max_running, " at ", options.max_tokens,
                                                    " tokens needs more KV memory: give --kv-memory"));
   }
-  if (communicator.rank() == 0 && !flags.is_json) {
-    std::printf("%s, %s, tp %d, kv %s, %s activations, %.3f GB of weights per rank\n", options.model_dir.c_str(),
-                device.backend->Description().c_str(), communicator.size(), rank.kv.c_str(),
-                kernels::ActivationsName(rank.decoder->activations()), rank.decoder->weight_bytes() / 1e9);
-  }
-  return EngineBench(flags, rank, device, communicator).Run(limits);
+  EngineBench bench(flags, rank, device, communicator);
+  RW_RETURN_IF_ERROR(bench.Run(limits));
+  if (communicator.rank() != 0) return absl::OkStatus();
+  BenchRecord record = StartRecord(kBench);
+  record.subject = absl::StrFormat("%s, %s, tp %d, kv %s, %s activations, %.3f GB of weights per rank",
+                                   options.model_dir, device.backend->Description(), communicator.size(), rank.kv,
+                                   kernels::ActivationsName(rank.decoder->activations()),
+                                   static_cast<double>(rank.decoder->weight_bytes()) / 1e9);
+  record.figures = bench.Figures();
+  return Report(record, absl::StrCat(record.subject, "\n", bench.Text()), flags.record, baseline);
 }
 
 void AddRankFlags(CLI::App& app, RankFlags& flags) {
@@ -231,7 +240,7 @@ void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
   app.add_option("--step-rows", flags.step_rows, "Token rows of one step at most, e.g. of a prefill")
       ->check(CLI::Range(1, 1 << 16))
       ->capture_default_str();
-  app.add_flag("--json", flags.is_json, "Print JSON");
+  AddRecordFlags(app, flags.record);
 }
 
 double SecondsNow() {

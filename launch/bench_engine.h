@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "kernels/machine_limits.h"
+#include "launch/bench_record.h"
 #include "worker/comm/communicator.h"
 #include "worker/device/device.h"
 #include "worker/engine/rank.h"
@@ -28,12 +29,12 @@ struct EngineFlags {
   int steps = 24;
   int repeats = 5;
   int step_rows = 512;
-  bool is_json = false;
+  RecordFlags record;
 };
 void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags);
 
-// Collective: decodes and prefills as the flags say, and prints on rank 0 how near that comes to the limits of the
-// ranks' devices, which are measured first.
+// Collective: decodes and prefills as the flags say, and reports on rank 0 how near that comes to the limits of the
+// ranks' devices, which are measured first. Errors of `Report` (launch/bench_record.h) among others.
 absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const device::Device& device,
                          comm::Communicator& communicator);
 

@@ -200,6 +200,7 @@ int Run(Flags& flags, bool is_engine) {
   }
   if (ended.ok()) return 0;
   spdlog::error("{}", std::string(ended.message()));
+  if (absl::IsOutOfRange(ended)) return 1;
   if (mpi.size() > 1) mpi.Abort(3);
   return 3;
 }

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstdio>
 #include <memory>
 #include <string>
 #include <utility>
@@ -44,13 +43,17 @@ and requests, output tokens and all tokens per second; with --slo-*, the goodput
 All streams run over 16 connections and need no thread of their own: --concurrency may be 16384.
 
 Ctrl-C cancels what is under way and prints what was measured until then. Exit codes: 0 every request succeeded, 1 one
-failed, 2 something to be changed first, 130 interrupted.)";
+failed or, with --fail-on-regression, a figure is worse than the baseline's, 2 something to be changed first, 130
+interrupted.)";
 
 constexpr char kExamples[] = R"(Examples:
   rankwise bench serve --endpoint 127.0.0.1:8600 --concurrency 16 --requests 200
   rankwise bench serve --endpoint 127.0.0.1:8600 --rate 4 --prompt-tokens 64:512 --output-tokens 128 --slo-ttft 500 --slo-tpot 50
-  rankwise bench serve --endpoint-file ./endpoint --trace azure_llm_2023_conv.csv --divisor 8 --speed 2 --svg latencies.svg)";
+  rankwise bench serve --endpoint-file ./endpoint --trace azure_llm_2023_conv.csv --divisor 8 --speed 2 --svg latencies.svg
+  rankwise bench serve --endpoint-file ./endpoint --concurrency 16 --save before.json
+  rankwise bench serve --endpoint-file ./endpoint --concurrency 16 --seed 1 --compare before.json --fail-on-regression)";
 
+constexpr char kBench[] = "serve";
 constexpr int kConnections = 16;
 constexpr int kMostStreams = 16384;
 constexpr int kWarmupStreams = 8;  // where --concurrency does not say
@@ -70,8 +73,8 @@ struct BenchServeFlags {
   int warmup = 0;
   Slo slo;
   double deadline_seconds = 600;
-  bool is_json = false;
   std::string svg;
+  RecordFlags record;
 };
 
 constexpr int64_t kDefaultRequests = 100;  // of what is not a trace
@@ -135,6 +138,7 @@ std::string Subject(const BenchServeFlags& flags, const GetModelInfoResponse& mo
 
 absl::Status BenchServe(const BenchServeFlags& flags) {
   const Interrupt interrupt;
+  RW_ASSIGN_OR_RETURN(const auto baseline, ReadBaseline(flags.record, kBench));
   RW_ASSIGN_OR_RETURN(const std::vector<Arrival> arrivals, PlanArrivals(flags));
   Stubs stubs;
   RW_ASSIGN_OR_RETURN(const GetModelInfoResponse model, ConnectAll(flags.endpoint, stubs));
@@ -166,15 +170,13 @@ absl::Status BenchServe(const BenchServeFlags& flags) {
     outcome = RunLoad(stubs, options, interrupt, progress);
   }
   const LatencyReport report = Summarize(outcome.records, outcome.seconds, flags.slo);
-  BenchRecord record = StartRecord("serve");
+  BenchRecord record = StartRecord(kBench);
   record.subject = Subject(flags, model, arrivals.size());
   record.figures = FiguresOf(report);
-  if (flags.is_json) {
-    absl::PrintF("%s", ToJson(record));
-  } else {
-    absl::PrintF("%s\n\n%s", record.subject, LatencyText(report));
-  }
-  std::fflush(stdout);
+  RecordFlags shown = flags.record;
+  if (outcome.is_interrupted) shown.save.clear();  // a part of a run is no baseline
+  const absl::Status reported =
+      Report(record, absl::StrCat(record.subject, "\n\n", LatencyText(report)), shown, baseline);
   if (!flags.svg.empty()) {
     RW_RETURN_IF_ERROR(WriteFileAtomically(flags.svg, ChartSvg(LatencyChart(report, record.subject))));
   }
@@ -187,7 +189,7 @@ absl::Status BenchServe(const BenchServeFlags& flags) {
     return absl::InternalError(
         absl::StrCat(report.failed, " of ", arrivals.size(), " requests failed, e.g. ", code, ": ", failures.example));
   }
-  return absl::OkStatus();
+  return reported;
 }
 
 void AddLoadFlags(CLI::App& command, BenchServeFlags& flags) {
@@ -238,8 +240,8 @@ void AddBenchServe(CLI::App& bench, Action& action) {
   command->add_option("--slo-ttft", flags->slo.first_token_ms, "Milliseconds of TTFT that count as good")
       ->check(CLI::PositiveNumber);
   command->add_option("--slo-tpot", flags->slo.per_output_token_ms, "The same of TPOT")->check(CLI::PositiveNumber);
-  command->add_flag("--json", flags->is_json, "Print JSON");
   command->add_option("--svg", flags->svg, "Draw the latencies' distribution functions into this file");
+  AddRecordFlags(*command, flags->record);
   command->callback([flags, &action] { action = [flags] { return BenchServe(*flags); }; });
 }
 

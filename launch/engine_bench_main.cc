@@ -16,6 +16,7 @@ int Run(RankFlags& ranks, const EngineFlags& flags) {
   if (ended.ok()) ended = BenchEngine(ranks, flags, *device, device->communicator(*host));
   if (ended.ok()) return 0;
   spdlog::error("{}", std::string(ended.message()));
+  if (absl::IsOutOfRange(ended)) return 1;
   return device.ok() ? 3 : 2;
 }
 

@@ -138,6 +138,28 @@ TEST_F(BenchServe, TheTableSaysWhatTheJsonSays) {
   EXPECT_THAT(output.text, Not(HasSubstr("cut off")));
 }
 
+TEST_F(BenchServe, ABaselineTellsARegression) {
+  const std::string saved = ScratchFolder() + "/baseline.json",
+                    flags = "--concurrency 2 --requests 8 --output-tokens 6 --compare " + saved;
+  ASSERT_EQ(Shell(Command("--concurrency 2 --requests 8 --output-tokens 6 --seed 8 --save " + saved)).code, 0);
+  const Output same = Shell(Command(flags + " --seed 9 --tolerance 1e9 --fail-on-regression"));
+  EXPECT_EQ(same.code, 0) << same.text;
+  EXPECT_THAT(same.text, AllOf(HasSubstr("baseline: "), Not(HasSubstr("another m")), Not(HasSubstr("WORSE"))));
+  // As if a thousand times as many had been answered.
+  json record = json::parse(*ReadTextFile(saved));
+  for (json& figure : record["figures"]) {
+    if (figure["unit"] == "requests/s") figure["value"] = 1000 * figure["value"].get<double>();
+  }
+  std::ofstream(saved) << record;
+  const Output worse = Shell(Command(flags + " --seed 10"));
+  EXPECT_EQ(worse.code, 0) << worse.text;
+  EXPECT_THAT(worse.text, HasSubstr("WORSE"));
+  const Output failed = Shell(Command(flags + " --seed 11 --tolerance 90 --fail-on-regression"));
+  EXPECT_EQ(failed.code, 1) << failed.text;
+  EXPECT_THAT(failed.text, HasSubstr("are worse than in"));
+  EXPECT_EQ(Shell(Command(flags + "x")).code, 2);
+}
+
 TEST_F(BenchServe, AnInterruptPrintsWhatWasMeasured) {
   const std::string log = ScratchFolder() + "/interrupted.log";
   auto child = launch::ChildProcess::Start(

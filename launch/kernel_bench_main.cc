@@ -17,10 +17,14 @@
 #include "kernels/backend.h"
 #include "kernels/cuda_plugin.h"
 #include "kernels/machine_limits.h"
+#include "launch/bench_record.h"
 
-namespace rankwise::kernels {
+namespace rankwise::launch {
 namespace {
 
+using namespace kernels;
+
+constexpr char kBench[] = "kernels";
 constexpr int kRepeats = 9;
 constexpr const char* kFormatNames[kKvFormatCount] = {"f32", "f16", "int8", "int8-online", "int4-online"};
 
@@ -47,6 +51,8 @@ struct ModelShape {
 struct Bench {
   Backend& backend;
   std::function<MachineLimits()> limits;
+  std::vector<Figure>& figures;
+  bool is_quiet = false;
   bool is_int8 = false;  // the backend's activations
 
   Backend::Floats Upload(std::span<const float> host) const {
@@ -71,13 +77,18 @@ struct Bench {
     return seconds[kRepeats / 2] / count;
   }
 
-  void Print(const std::string& what, double seconds, double bytes, double flops) const {
+  void Add(const std::string& what, double seconds, double bytes, double flops) const {
     const MachineLimits limit = limits();
     const double most = is_int8 ? limit.int8_ops_per_second : limit.fma_flops_per_second;
+    const double read_percent = 100 * bytes / seconds / limit.read_bytes_per_second;
+    const double arithmetic_percent = 100 * flops / seconds / most;
+    figures.push_back({what, "ms", 1e3 * seconds, Better::kLower});
+    figures.push_back({what, "% of reads", read_percent, Better::kHigher});
+    figures.push_back({what, "% of arithmetic", arithmetic_percent, Better::kHigher});
+    if (is_quiet) return;
     std::printf("%-46s %9.3f ms %8.2f GB/s (%3.0f %% of %7.2f) %9.1f %s/s (%3.0f %% of %8.1f)\n", what.c_str(),
-                seconds * 1e3, bytes / seconds / 1e9, 100 * bytes / seconds / limit.read_bytes_per_second,
-                limit.read_bytes_per_second / 1e9, flops / seconds / 1e9, is_int8 ? "GOP" : "GFLOP",
-                100 * flops / seconds / most, most / 1e9);
+                seconds * 1e3, bytes / seconds / 1e9, read_percent, limit.read_bytes_per_second / 1e9,
+                flops / seconds / 1e9, is_int8 ? "GOP" : "GFLOP", arithmetic_percent, most / 1e9);
     std::fflush(stdout);
   }
 
@@ -102,9 +113,9 @@ struct Bench {
         }
       });
       const double activations = static_cast<double>(rows * (n_in + n_out)) * sizeof(float);
-      Print(absl::StrFormat("matmul %s %dx%d, %d rows", dtype, n_out, n_in, rows), seconds,
-            static_cast<double>(matrices[0]->bytes()) + (rows > 64 ? activations : 0),
-            2.0 * static_cast<double>(n_out * n_in * rows));
+      Add(absl::StrFormat("matmul %s %dx%d, %d rows", dtype, n_out, n_in, rows), seconds,
+          static_cast<double>(matrices[0]->bytes()) + (rows > 64 ? activations : 0),
+          2.0 * static_cast<double>(n_out * n_in * rows));
     }
   }
 
@@ -203,9 +214,9 @@ struct Bench {
         Must(backend.Attention(out.get(), filled.qkv.get(), filled.shape, *filled.pool, i % layers));
       }
     });
-    Print(absl::StrFormat("attention %s, %d:%d heads of %d, %d x %d", kFormatNames[static_cast<int>(format)],
-                          model.n_heads, model.n_kv_heads, model.head_dim, requests, context),
-          seconds, bytes, 4.0 * context * requests * static_cast<double>(width));
+    Add(absl::StrFormat("attention %s, %d:%d heads of %d, %d x %d", kFormatNames[static_cast<int>(format)],
+                        model.n_heads, model.n_kv_heads, model.head_dim, requests, context),
+        seconds, bytes, 4.0 * context * requests * static_cast<double>(width));
   }
 
   // The last `rows` tokens of a context, which attend all before them.
@@ -222,12 +233,12 @@ struct Bench {
       }
     });
     const double pairs = static_cast<double>(rows) * (context - 0.5 * (rows - 1));
-    Print(absl::StrFormat("attention %s, %d:%d heads of %d, rows %d of %d", kFormatNames[static_cast<int>(format)],
-                          model.n_heads, model.n_kv_heads, model.head_dim, rows, context),
-          seconds,
-          static_cast<double>(context) * 2 * model.n_kv_heads *
-              static_cast<double>(KvVectorBytes(format, model.head_dim)),
-          4.0 * pairs * static_cast<double>(width));
+    Add(absl::StrFormat("attention %s, %d:%d heads of %d, rows %d of %d", kFormatNames[static_cast<int>(format)],
+                        model.n_heads, model.n_kv_heads, model.head_dim, rows, context),
+        seconds,
+        static_cast<double>(context) * 2 * model.n_kv_heads *
+            static_cast<double>(KvVectorBytes(format, model.head_dim)),
+        4.0 * pairs * static_cast<double>(width));
   }
 };
 
@@ -235,6 +246,7 @@ struct Flags {
   std::string device = "cpu";
   CpuOptions cpu;
   int gpu = 0;
+  RecordFlags record;
 };
 
 // A model of 1.1 billion parameters, and matrices of together 277 MB.
@@ -282,16 +294,22 @@ void RunCuda(const Bench& bench, const Gpu& gpu) {
   }
 }
 
-absl::Status Run(const Flags& flags) {
+// Fills the record and prints what it measures, as it goes along.
+absl::Status Measure(const Flags& flags, BenchRecord& record) {
+  const bool is_quiet = flags.record.is_json;
+  const auto begin = [&](const std::string& subject) {
+    record.subject = subject;
+    if (!is_quiet) std::printf("%s; medians of %d\n", subject.c_str(), kRepeats);
+  };
   if (flags.device == "cpu") {
     RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, CreateCpuBackend(flags.cpu));
-    std::printf("%s; medians of %d\n", backend->Description().c_str(), kRepeats);
+    begin(backend->Description());
     // Measured for every line: other work of the machine hits both.
     const auto limits = [&] { return MeasureMachineLimits(flags.cpu.threads); };
     CpuOptions options = flags.cpu;
     options.activations = Activations::kInt8;
     RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> int8, CreateCpuBackend(options));
-    RunCpu({*backend, limits}, {*int8, limits, /*is_int8=*/true});
+    RunCpu({*backend, limits, record.figures, is_quiet}, {*int8, limits, record.figures, is_quiet, /*is_int8=*/true});
     return absl::OkStatus();
   }
   RW_ASSIGN_OR_RETURN(const CudaPlugin* plugin, OpenCudaPlugin(ProgramFolder()));
@@ -301,27 +319,35 @@ absl::Status Run(const Flags& flags) {
   }
   RW_ASSIGN_OR_RETURN(const MachineLimits limits, MeasureCudaLimits(ProgramFolder(), flags.gpu));
   RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, plugin->create_backend(flags.gpu));
-  std::printf("%s; %s; medians of %d; limits: a copy of 2 GiB, a bf16 matmul of 8192 cubed\n",
-              Describe(gpus[flags.gpu]).c_str(), backend->Description().c_str(), kRepeats);
-  RunCuda({*backend, [&] { return limits; }}, gpus[flags.gpu]);
+  begin(absl::StrFormat("%s; %s; limits: a copy of 2 GiB, a bf16 matmul of 8192 cubed", Describe(gpus[flags.gpu]),
+                        backend->Description()));
+  RunCuda({*backend, [&] { return limits; }, record.figures, is_quiet}, gpus[flags.gpu]);
   return absl::OkStatus();
 }
 
+absl::Status Run(const Flags& flags) {
+  RW_ASSIGN_OR_RETURN(const auto baseline, ReadBaseline(flags.record, kBench));
+  BenchRecord record = StartRecord(kBench);
+  RW_RETURN_IF_ERROR(Measure(flags, record));
+  return Report(record, "", flags.record, baseline);
+}
+
 }  // namespace
-}  // namespace rankwise::kernels
+}  // namespace rankwise::launch
 
 int main(int argc, char** argv) {
-  rankwise::kernels::Flags flags;
+  rankwise::launch::Flags flags;
   CLI::App app("rankwise-kernel-bench: the kernels against the limits of their device");
   app.add_option("--device", flags.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
   app.add_option("--threads", flags.cpu.threads, "Of the CPU; 0: as many as this process may use")
       ->capture_default_str();
   app.add_option("--instruction-set", flags.cpu.instruction_set, "Of the CPU: avx2 or avx512");
   app.add_option("--gpu", flags.gpu, "Which one, among those this process may use")->capture_default_str();
+  rankwise::launch::AddRecordFlags(app, flags.record);
   CLI11_PARSE(app, argc, argv);
-  const absl::Status status = rankwise::kernels::Run(flags);
+  const absl::Status status = rankwise::launch::Run(flags);
   if (status.ok()) return 0;
   std::fprintf(stderr, "rankwise-kernel-bench: --device %s: %s\n", flags.device.c_str(),
                std::string(status.message()).c_str());
-  return 2;
+  return absl::IsOutOfRange(status) ? 1 : 2;
 }
