@@ -1,13 +1,17 @@
-// The tokens of a request are a pure function of weights, KV format, prompt and sampling. Everything else is varied
-// here and compared with `==`: tokens, and the bits of their log-probabilities.
+// The tokens of a request are a pure function of weights, KV format, activations, prompt and sampling. Everything else
+// is varied here and compared with `==`: tokens, and the bits of their log-probabilities.
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <filesystem>
 #include <random>
 
+#include "absl/strings/str_cat.h"
 #include "tests/support/test_data.h"
 #include "tests/support/thread_group.h"
 #include "tests/support/wide_scales.h"
+#include "worker/weights/quantize.h"
 
 namespace rankwise::testing {
 namespace {
@@ -15,12 +19,32 @@ namespace {
 using engine::Request;
 using engine::SequenceId;
 
-class InvarianceTest : public ::testing::TestWithParam<const char*> {
+struct Numbers {
+  const char* kv;
+  int bits = 0;  // of quantised weights; 0: the model's f16
+  kernels::Activations activations = kernels::Activations::kFloat;
+};
+
+class InvarianceTest : public ::testing::TestWithParam<Numbers> {
  protected:
+  static void TearDownTestSuite() { std::filesystem::remove_all(Folder()); }
+  static std::string Folder() { return absl::StrCat(::testing::TempDir(), "invariance_", getpid()); }
+
+  // Groups of 128: at tp 4 a rank's slice of wo begins within one.
+  static std::string Model(int bits) {
+    if (bits == 0) return SourcePath("launch/demo_model");
+    const std::string folder = absl::StrCat(Folder(), "/", bits);
+    if (!std::filesystem::exists(folder)) {
+      std::filesystem::create_directories(Folder());
+      EXPECT_EQ(weights::WriteQuantized(Model(0), folder, {.bits = bits}, {}), absl::OkStatus());
+    }
+    return folder;
+  }
+
   engine::RankOptions Options(int tp = 1) const {
     engine::RankOptions options;
-    options.model_dir = SourcePath("launch/demo_model");
-    options.kv = GetParam();
+    options.model_dir = Model(GetParam().bits);
+    options.kv = GetParam().kv;
     options.kv_scales_dir = scales_.FolderOf(tp);
     options.max_tokens = 256;
     options.max_running = 16;
@@ -30,9 +54,14 @@ class InvarianceTest : public ::testing::TestWithParam<const char*> {
   }
 
   static std::unique_ptr<ThreadGroup> Start(const engine::RankOptions& options, int tp = 1, int threads = 1) {
-    auto group = ThreadGroup::Start(options, tp, threads);
+    auto group = ThreadGroup::Start(options, tp, [threads](int) {
+      return kernels::CreateCpuBackend(
+          {.threads = threads, .pin_threads = false, .activations = GetParam().activations});
+    });
     EXPECT_TRUE(group.ok()) << group.status();
-    return group.ok() ? *std::move(group) : nullptr;
+    if (!group.ok()) return nullptr;
+    EXPECT_EQ((*group)->rank().decoder->activations(), GetParam().activations);
+    return *std::move(group);
   }
 
   // Sixteen requests of mixed lengths, half greedy, half sampled with every knob turned.
@@ -68,7 +97,7 @@ class InvarianceTest : public ::testing::TestWithParam<const char*> {
     return results;
   }
 
-  const WideScales scales_{{1, 2, 4}};
+  const WideScales scales_{{1, 2, 4}, Model(GetParam().bits)};
 };
 
 TEST_P(InvarianceTest, AloneOrInABatchWithRandomArrivals) {
@@ -175,7 +204,7 @@ TEST_P(InvarianceTest, ReplayedFromAnyToken) {
 }
 
 TEST_P(InvarianceTest, AnyTensorParallelDegree) {
-  if (std::string(GetParam()) == "int8") GTEST_SKIP() << "scales per rank differ with the degree by their nature";
+  if (std::string(GetParam().kv) == "int8") GTEST_SKIP() << "scales per rank differ with the degree by their nature";
   const auto expected = Alone();
   for (const int tp : {1, 2, 4}) {
     const auto group = Start(Options(tp), tp);
@@ -183,12 +212,16 @@ TEST_P(InvarianceTest, AnyTensorParallelDegree) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(KvFormats, InvarianceTest,
-                         ::testing::Values("f32", "f16", "int8", "int8-head", "int8-channel", "int8-online",
-                                           "int4-online"),
+INSTANTIATE_TEST_SUITE_P(Numbers, InvarianceTest,
+                         ::testing::Values(Numbers{"f32"}, Numbers{"f16"}, Numbers{"int8"}, Numbers{"int8-head"},
+                                           Numbers{"int8-channel"}, Numbers{"int8-online"}, Numbers{"int4-online"},
+                                           Numbers{"f16", 4, kernels::Activations::kInt8},
+                                           Numbers{"int8-head", 8, kernels::Activations::kInt8}),
                          [](const auto& info) {
-                           std::string name = info.param;
+                           std::string name = info.param.kv;
                            std::erase(name, '-');
+                           const bool has_int8 = info.param.activations == kernels::Activations::kInt8;
+                           if (info.param.bits > 0) absl::StrAppend(&name, "W", info.param.bits, has_int8 ? "A8" : "");
                            return name;
                          });
 

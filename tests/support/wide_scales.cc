@@ -12,9 +12,9 @@
 
 namespace rankwise::testing {
 
-WideScales::WideScales(const std::vector<int>& degrees)
+WideScales::WideScales(const std::vector<int>& degrees, const std::string& model)
     : parent_(absl::StrCat(::testing::TempDir(), "wide_scales_", getpid())) {
-  const auto checkpoint = weights::Checkpoint::Open(SourcePath("launch/demo_model"));
+  const auto checkpoint = weights::Checkpoint::Open(model.empty() ? SourcePath("launch/demo_model") : model);
   if (!checkpoint.ok()) {
     ADD_FAILURE() << checkpoint.status();
     return;
