@@ -48,7 +48,7 @@ class EngineBench {
                             int8_limit_ / 1e9);
     }
     absl::StrAppendFormat(&text, "\n\n%-28s %10s %10s %8s %9s %9s %9s\n", "work", "tokens/s", "ms", "GB/s", "of limit",
-                          "GFLOP/s", "of limit");
+                          has_integers_ ? "GOP/s" : "GFLOP/s", "of limit");
     for (const Measurement& m : measurements_) {
       absl::StrAppendFormat(&text, "%-28s %10.2f %10.2f %8.2f %8.0f%% %9.1f %8.0f%%\n", m.work, m.tokens_per_second,
                             m.milliseconds, m.bytes_per_second / 1e9, 100 * m.read_fraction, m.flops_per_second / 1e9,
@@ -59,8 +59,8 @@ class EngineBench {
 
   std::vector<Figure> Figures() const {
     std::vector<Figure> figures = {{"limit of reads", "GB/s", read_limit_ / 1e9, Better::kNeither},
-                                   {"limit of arithmetic", "GFLOP/s", fma_limit_ / 1e9, Better::kNeither},
-                                   {"limit of int8 arithmetic", "GOP/s", int8_limit_ / 1e9, Better::kNeither}};
+                                   {"limit of arithmetic", "GFLOP/s", fma_limit_ / 1e9, Better::kNeither}};
+    if (has_integers_) figures.push_back({"limit of int8 arithmetic", "GOP/s", int8_limit_ / 1e9, Better::kNeither});
     for (const Measurement& m : measurements_) {
       figures.push_back({m.work, "tokens/s", m.tokens_per_second, Better::kHigher});
       figures.push_back({m.work, "ms", m.milliseconds, Better::kLower});

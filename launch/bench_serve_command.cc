@@ -132,8 +132,8 @@ std::string Subject(const BenchServeFlags& flags, const GetModelInfoResponse& mo
   } else {
     absl::StrAppend(&load, "of ", flags.trace, " at ", flags.speed, " times its speed");
   }
-  return absl::StrCat(model.model_name(), ", tp ", model.tp(), ", kv ", model.kv_format(), ", ", model.backend(), "; ",
-                      load);
+  return absl::StrCat(model.model_name(), ", tp ", model.tp(), ", kv ", model.kv_format(), ", ", model.activations(),
+                      " activations, ", model.backend(), "; ", load);
 }
 
 absl::Status BenchServe(const BenchServeFlags& flags) {
