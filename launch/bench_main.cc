@@ -28,6 +28,7 @@ struct Flags {
   EngineFlags engine;
   std::string text_file;
   std::vector<std::string> kv_formats = {""};  // of the comparison; "": the model's own
+  std::vector<std::string> activations = {kernels::ActivationsName(kernels::Activations::kFloat)};  // likewise
   std::string baseline_kv = "f32", baseline_model;
   int windows = 64;
   int window_tokens = 255;
@@ -108,10 +109,7 @@ absl::StatusOr<Comparison> Compare(engine::Rank& baseline, engine::Rank& other,
   return sums;
 }
 
-// Windows of a text scored with each of several KV formats, or weights, and with a baseline: perplexity of each and
-// KL(baseline || other) per token.
-absl::Status CompareKv(const Flags& flags, const device::Device& device, comm::Communicator& communicator) {
-  kernels::Backend& backend = *device.backend;
+absl::StatusOr<std::vector<std::vector<int32_t>>> ReadWindows(const Flags& flags) {
   RW_ASSIGN_OR_RETURN(const auto tokenizer, text::Tokenizer::Load(flags.ranks.rank.model_dir));
   RW_ASSIGN_OR_RETURN(const std::string document, ReadTextFile(flags.text_file));
   RW_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, tokenizer->Encode(document, {.add_bos = false}));
@@ -124,6 +122,43 @@ absl::Status CompareKv(const Flags& flags, const device::Device& device, comm::C
     window.insert(window.end(), ids.begin() + begin, ids.begin() + begin + flags.window_tokens);
   }
   if (windows.empty()) return absl::InvalidArgumentError(absl::StrCat(flags.text_file, " is shorter than one window"));
+  return windows;
+}
+
+void PrintBaseline(const Flags& flags, const engine::RankOptions& options, const engine::Rank& baseline, int tp,
+                   const Comparison& sums) {
+  const auto count = static_cast<double>(sums.targets);
+  std::printf("%s, tp %d, %lld tokens of %s; baseline %s, kv %s\n", flags.ranks.rank.model_dir.c_str(), tp,
+              static_cast<long long>(sums.targets), flags.text_file.c_str(), options.model_dir.c_str(),
+              baseline.kv.c_str());
+  std::printf("%-12s %11s %12s %10s %12s %10s %11s %11s %9s %9s %10s\n", "kv", "activations", "bytes/token", "NLL",
+              "perplexity", "dNLL", "KL mean", "KL worst", "same top", "tokens/s", "saturated");
+  std::printf("%-12s %11s %12s %10.6f %12.6f\n", "baseline", "", "", sums.baseline_nll / count,
+              std::exp(sums.baseline_nll / count));
+}
+
+void PrintRow(const engine::Rank& other, const Comparison& sums, const kv::MeasuredLoss& loss) {
+  const auto count = static_cast<double>(sums.targets);
+  std::printf("%-12s %11s %12lld %10.6f %12.6f %9.4f%% %11.3e %11.3e %8.2f%% %9.1f %10lld\n", other.kv.c_str(),
+              kernels::ActivationsName(other.decoder->activations()), static_cast<long long>(sums.token_bytes),
+              sums.nll / count, std::exp(sums.nll / count), 100 * loss.nll_change, loss.kl_mean, sums.worst_kl,
+              100.0 * static_cast<double>(sums.agreements) / count, sums.tokens_per_second,
+              static_cast<long long>(sums.saturated));
+  std::fflush(stdout);
+}
+
+// The kind of device that `floats` is.
+absl::StatusOr<device::Device> OpenForIntegers(device::DeviceOptions options, const device::Device& floats,
+                                               comm::Communicator& host) {
+  options.device = floats.gpu < 0 ? "cpu" : "cuda";
+  options.cpu.activations = kernels::Activations::kInt8;
+  return device::OpenDevice(options, host);
+}
+
+// Windows of a text scored with each of several KV formats and activations, or weights, and with a baseline: perplexity
+// of each and KL(baseline || other) per token.
+absl::Status CompareKv(const Flags& flags, const device::Device& device, comm::Communicator& host) {
+  RW_ASSIGN_OR_RETURN(const std::vector<std::vector<int32_t>> windows, ReadWindows(flags));
   engine::RankOptions options = flags.ranks.rank;
   options.max_running = 1;
   options.max_tokens = options.max_step_rows = options.max_chunk_rows = flags.window_tokens + 1;
@@ -131,42 +166,38 @@ absl::Status CompareKv(const Flags& flags, const device::Device& device, comm::C
   engine::RankOptions baseline_options = options;
   baseline_options.kv = flags.baseline_kv;
   if (!flags.baseline_model.empty()) baseline_options.model_dir = flags.baseline_model;
-  RW_ASSIGN_OR_RETURN(engine::Rank baseline, engine::LoadRank(baseline_options, backend, communicator));
+  RW_ASSIGN_OR_RETURN(engine::Rank baseline,
+                      engine::LoadRank(baseline_options, *device.backend, device.communicator(host)));
 
   bool is_first = true;
-  for (const std::string& format : flags.kv_formats) {
-    options.kv = format;
-    RW_ASSIGN_OR_RETURN(engine::Rank other, engine::LoadRank(options, backend, communicator));
-    if (other.decoder->config().vocab_size != baseline.decoder->config().vocab_size) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(flags.baseline_model, " has another vocabulary than ", flags.ranks.rank.model_dir));
+  for (const std::string& activations : flags.activations) {
+    device::Device opened;
+    const bool has_integers = activations == kernels::ActivationsName(kernels::Activations::kInt8);
+    if (has_integers) {
+      RW_ASSIGN_OR_RETURN(opened, OpenForIntegers(flags.ranks.device, device, host));
     }
-    RW_ASSIGN_OR_RETURN(const Comparison sums, Compare(baseline, other, windows, device, communicator));
-    if (communicator.rank() != 0) continue;
-    const auto count = static_cast<double>(sums.targets);
-    const kv::MeasuredLoss loss{.kv = other.kv,
-                                .text = flags.text_file,
-                                .token_count = sums.targets,
-                                .nll_change = sums.nll / sums.baseline_nll - 1,
-                                .kl_mean = sums.kl / count};
-    if (is_first) {
-      std::printf("%s, tp %d, %lld tokens of %s; baseline %s, kv %s\n", flags.ranks.rank.model_dir.c_str(),
-                  communicator.size(), static_cast<long long>(sums.targets), flags.text_file.c_str(),
-                  baseline_options.model_dir.c_str(), baseline.kv.c_str());
-      std::printf("%-12s %12s %10s %12s %10s %11s %11s %9s %9s %10s\n", "kv", "bytes/token", "NLL", "perplexity",
-                  "dNLL", "KL mean", "KL worst", "same top", "tokens/s", "saturated");
-      std::printf("%-12s %12s %10.6f %12.6f\n", "baseline", "", sums.baseline_nll / count,
-                  std::exp(sums.baseline_nll / count));
+    const device::Device& own = has_integers ? opened : device;
+    comm::Communicator& communicator = own.communicator(host);
+    for (const std::string& format : flags.kv_formats) {
+      options.kv = format;
+      RW_ASSIGN_OR_RETURN(engine::Rank other, engine::LoadRank(options, *own.backend, communicator));
+      if (other.decoder->config().vocab_size != baseline.decoder->config().vocab_size) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(flags.baseline_model, " has another vocabulary than ", flags.ranks.rank.model_dir));
+      }
+      RW_ASSIGN_OR_RETURN(const Comparison sums, Compare(baseline, other, windows, own, communicator));
+      if (communicator.rank() != 0) continue;
+      const kv::MeasuredLoss loss{.kv = other.kv,
+                                  .text = flags.text_file,
+                                  .token_count = sums.targets,
+                                  .nll_change = sums.nll / sums.baseline_nll - 1,
+                                  .kl_mean = sums.kl / static_cast<double>(sums.targets)};
+      if (is_first) PrintBaseline(flags, baseline_options, baseline, communicator.size(), sums);
       is_first = false;
-    }
-    std::printf("%-12s %12lld %10.6f %12.6f %9.4f%% %11.3e %11.3e %8.2f%% %9.1f %10lld\n", other.kv.c_str(),
-                static_cast<long long>(sums.token_bytes), sums.nll / count, std::exp(sums.nll / count),
-                100 * loss.nll_change, loss.kl_mean, sums.worst_kl,
-                100.0 * static_cast<double>(sums.agreements) / count, sums.tokens_per_second,
-                static_cast<long long>(sums.saturated));
-    std::fflush(stdout);
-    if (flags.is_recorded && !other.kv_scales_id.empty()) {
-      RW_RETURN_IF_ERROR(kv::RecordMeasurement(flags.ranks.rank.kv_scales_dir, other.kv_scales_id, loss));
+      PrintRow(other, sums, loss);
+      if (flags.is_recorded && !other.kv_scales_id.empty() && !has_integers) {
+        RW_RETURN_IF_ERROR(kv::RecordMeasurement(flags.ranks.rank.kv_scales_dir, other.kv_scales_id, loss));
+      }
     }
   }
   return absl::OkStatus();
@@ -194,9 +225,8 @@ int Run(Flags& flags, bool is_engine) {
       if (mpi.rank() == 0) spdlog::error("{}", std::string(device.status().message()));
       return 2;
     }
-    comm::Communicator& communicator = device->communicator(**host);
-    ended = is_engine ? BenchEngine(flags.ranks, flags.engine, *device, communicator)
-                      : CompareKv(flags, *device, communicator);
+    ended = is_engine ? BenchEngine(flags.ranks, flags.engine, *device, device->communicator(**host))
+                      : CompareKv(flags, *device, **host);
   }
   if (ended.ok()) return 0;
   spdlog::error("{}", std::string(ended.message()));
@@ -216,7 +246,8 @@ int main(int argc, char** argv) {
   AddEngineFlags(*engine, flags.ranks, flags.engine);
   CLI::App* kv = app.add_subcommand(
       "kv",
-      "Memory, perplexity, KL and single-stream speed of KV formats, or of quantised weights, against a baseline");
+      "Memory, perplexity, KL and single-stream speed of KV formats, quantised weights and activations, against a "
+      "baseline");
   AddRankFlags(*kv, flags.ranks);
   for (CLI::App* command : {engine, kv}) {
     command->add_option("--tp", flags.tp, "Ranks, which `rankwise bench` starts")->default_str("those of mpirun");
@@ -224,6 +255,11 @@ int main(int argc, char** argv) {
   kv->add_option("--kv", flags.kv_formats, absl::StrCat("Some of ", absl::StrJoin(rankwise::kv::KvNames(), ", ")))
       ->delimiter(',')
       ->default_str(kDefaultKvFormat);
+  kv->add_option("--activations", flags.activations,
+                 "float, int8 or both: what quantised weights are multiplied with; the baseline's always with floats")
+      ->delimiter(',')
+      ->check(CLI::IsMember(rankwise::kernels::ActivationsByName()))
+      ->capture_default_str();
   kv->add_option("--text", flags.text_file, "UTF-8 text to score")->required();
   kv->add_option("--baseline", flags.baseline_kv, "KV format to compare with")->capture_default_str();
   kv->add_option("--baseline-model", flags.baseline_model,
@@ -234,7 +270,7 @@ int main(int argc, char** argv) {
   kv->add_option("--skip-windows", flags.skipped_windows, "Windows left out at the text's beginning")
       ->check(CLI::Range(0, 1 << 24))
       ->capture_default_str();
-  kv->add_flag("--record", flags.is_recorded, "Write dNLL and KL into the manifest of --kv-scales");
+  kv->add_flag("--record", flags.is_recorded, "Write dNLL and KL, with floats, into the manifest of --kv-scales");
   app.require_subcommand(1);
   app.footer(
       "`rankwise bench memory --help`: the plan of `rankwise plan` against running ranks\n"
