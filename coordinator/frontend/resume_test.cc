@@ -305,7 +305,7 @@ TEST_F(ResumeTest, AnotherModelOrArithmeticDoesNotGoOnWithIt) {
     Start(options);
     worker::v1::Join join = MakeJoin();
     change(*join.mutable_model());
-    FakeWorker worker(coordinator_->worker_endpoint(), SIZE_MAX, join);
+    FakeWorker worker(coordinator_->worker_endpoint(), 5, join);  // would not finish it
     absl::SleepFor(absl::Milliseconds(60));
     EXPECT_EQ(coordinator_->cluster().live(), 0u);
   }
