@@ -25,6 +25,14 @@ struct Numbers {
   kernels::Activations activations = kernels::Activations::kFloat;
 };
 
+std::string NameOf(const Numbers& numbers) {
+  std::string name = numbers.kv;
+  std::erase(name, '-');
+  if (numbers.bits > 0) absl::StrAppend(&name, "W", numbers.bits);
+  return numbers.activations == kernels::Activations::kInt8 ? name + "A8" : name;
+}
+void PrintTo(const Numbers& numbers, std::ostream* out) { *out << NameOf(numbers); }
+
 class InvarianceTest : public ::testing::TestWithParam<Numbers> {
  protected:
   static void TearDownTestSuite() { std::filesystem::remove_all(Folder()); }
@@ -217,13 +225,7 @@ INSTANTIATE_TEST_SUITE_P(Numbers, InvarianceTest,
                                            Numbers{"int8-channel"}, Numbers{"int8-online"}, Numbers{"int4-online"},
                                            Numbers{"f16", 4, kernels::Activations::kInt8},
                                            Numbers{"int8-head", 8, kernels::Activations::kInt8}),
-                         [](const auto& info) {
-                           std::string name = info.param.kv;
-                           std::erase(name, '-');
-                           const bool has_int8 = info.param.activations == kernels::Activations::kInt8;
-                           if (info.param.bits > 0) absl::StrAppend(&name, "W", info.param.bits, has_int8 ? "A8" : "");
-                           return name;
-                         });
+                         [](const auto& info) { return NameOf(info.param); });
 
 }  // namespace
 }  // namespace rankwise::testing
