@@ -52,7 +52,8 @@ max_completion_tokens, temperature, top_p, top_k, min_p, n, seed, stop, stop_tok
 frequency_penalty, presence_penalty, repetition_penalty, min_tokens, ignore_eos, include_stop_str_in_output. "model", "user"
 and "metadata" may be there and change nothing; any other field, and any value out of range, makes that line's result an
 error that names it. A line without a seed gets one that follows from its custom_id. A result is a function of its line, the
-model and the KV format: a line that is asked again after a failure gives the same bytes; "created" is always 0.
+model, the KV format and the activations: a line that is asked again after a failure gives the same bytes; "created" is
+always 0.
 
 With MODEL, starts a cluster for the run; without, asks the server of --endpoint or --endpoint-file. Results are appended
 to --output as they come, in any order, each on disk before it counts. The same command again goes on where the last one was
