@@ -14,6 +14,7 @@
 #include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
@@ -266,7 +267,9 @@ class ServeCommand : public ::testing::Test {
       if (std::ifstream stat(entry.path() / "stat"); stat) {
         std::string line;
         std::getline(stat, line);
-        if (absl::StrContains(line, absl::StrCat(") S ", serve_->pid(), " "))) family_.push_back(std::stoll(line));
+        const std::vector<std::string> fields =
+            absl::StrSplit(line.substr(line.rfind(')') + 1), ' ', absl::SkipEmpty());
+        if (fields.size() > 1 && fields[1] == absl::StrCat(serve_->pid())) family_.push_back(std::stoll(line));
       }
     EXPECT_GE(family_.size(), 4u);
   }
