@@ -218,7 +218,7 @@ TEST_F(Slurm, BatchSurvivesRequeueKilledStepAndCancel) {
 }
 
 TEST_F(Slurm, BatchQueuesItselfAgainBeforeItsTimeLimit) {
-  WriteQuestions(100, 300);
+  WriteQuestions(160, 600);
   const std::vector<std::string> expected = Undisturbed();
   // Slurm's shortest limit is a minute, and its word comes 45 s before.
   const std::string job = Submit("-N 1 --ntasks=2 -t 1 --signal=B:USR1@45", "batch.sbatch",
