@@ -70,10 +70,17 @@ pid_t ParentOf(pid_t pid) {
   return stat.size() > 1 && absl::SimpleAtoi(stat[1], &parent) ? parent : 0;
 }
 
+std::vector<pid_t> ChildrenOf(pid_t parent) {
+  std::vector<pid_t> children;
+  for (const pid_t pid : AllProcesses()) {
+    if (ParentOf(pid) == parent && IsAlive(pid)) children.push_back(pid);
+  }
+  return children;
+}
+
 std::vector<pid_t> RanksOf(pid_t launcher) {
   std::vector<pid_t> ranks;
-  for (const pid_t pid : AllProcesses()) {
-    if (ParentOf(pid) != launcher || !IsAlive(pid)) continue;
+  for (const pid_t pid : ChildrenOf(launcher)) {
     const std::string program = ReadProc(pid, "cmdline");
     if (absl::EndsWith(program.substr(0, program.find('\0')), "/rankwise-worker")) ranks.push_back(pid);
   }

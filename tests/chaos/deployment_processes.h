@@ -15,7 +15,8 @@ std::vector<pid_t> MarkedProcesses();
 
 // A file of /proc/PID; empty when the process is gone.
 std::string ReadProc(pid_t pid, const std::string& file);
-pid_t ParentOf(pid_t pid);  // 0 when it is gone
+pid_t ParentOf(pid_t pid);                 // 0 when it is gone
+std::vector<pid_t> ChildrenOf(pid_t pid);  // zombies left out
 // The ranks, without their guards, that `launcher` has started.
 std::vector<pid_t> RanksOf(pid_t launcher);
 

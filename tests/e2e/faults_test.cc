@@ -14,13 +14,13 @@
 #include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/log.h"
 #include "base/mapped_file.h"
 #include "base/program_folder.h"
 #include "launch/client.h"
 #include "proto/health.grpc.pb.h"
+#include "tests/chaos/deployment_processes.h"
 #include "tests/e2e/serving.h"
 
 namespace rankwise::e2e {
@@ -263,14 +263,7 @@ class ServeCommand : public ::testing::Test {
     stub_ = *std::move(stub);
     family_ = RankPids(*stub_);
     ASSERT_EQ(family_.size(), 2u);
-    for (const auto& entry : std::filesystem::directory_iterator("/proc"))  // coordinator and mpirun
-      if (std::ifstream stat(entry.path() / "stat"); stat) {
-        std::string line;
-        std::getline(stat, line);
-        const std::vector<std::string> fields =
-            absl::StrSplit(line.substr(line.rfind(')') + 1), ' ', absl::SkipEmpty());
-        if (fields.size() > 1 && fields[1] == absl::StrCat(serve_->pid())) family_.push_back(std::stoll(line));
-      }
+    for (const pid_t child : chaos::ChildrenOf(serve_->pid())) family_.push_back(child);  // coordinator and mpirun
     EXPECT_GE(family_.size(), 4u);
   }
   void ExpectNothingLeft() {
