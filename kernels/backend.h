@@ -77,7 +77,7 @@ const char* ActivationsName(Activations activations);
 // For flags.
 std::map<std::string, Activations> ActivationsByName();
 inline constexpr char kActivationsHelp[] =
-    "What quantised weights are multiplied with, on the CPU: float, or int8, which is twice as fast in prefill and "
+    "What quantised weights are multiplied with, on the CPU: float, or int8, which is faster in prefill and "
     "batches and less exact; f16, bf16 and f32 weights know floats alone";
 
 // Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
