@@ -61,9 +61,8 @@ void AddRecordFlags(CLI::App& command, RecordFlags& flags);
 absl::StatusOr<std::optional<BenchRecord>> ReadBaseline(const RecordFlags& flags, const std::string& bench);
 
 // Prints `text`, which shows the figures to a person, or the record as JSON; then the comparison, or with it in the
-// JSON; saves the record. InvalidArgument when it has no figure in common with the baseline; OutOfRange, for exit code
-// 1, when
-// --fail-on-regression finds one.
+// JSON; saves the record. InvalidArgument when it has no figure in common with the baseline; OutOfRange, for exit
+// code 1, when --fail-on-regression finds a worse one.
 absl::Status Report(const BenchRecord& record, const std::string& text, const RecordFlags& flags,
                     const std::optional<BenchRecord>& baseline);
 

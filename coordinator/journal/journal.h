@@ -17,7 +17,7 @@ void Merge(const worker::v1::SequenceOutput& output, worker::v1::SequenceOutput&
 
 struct JournaledRequest {
   rankwise::v1::GenerateRequest request;  // with request_id and seed
-  std::string numerics;                   // wire::NumericsLine of the model whose tokens these are
+  std::string numerics;                   // wire::NumericsLine of the model that says them; column `fingerprint`
   absl::Time accepted;
   absl::Time deadline = absl::InfiniteFuture();
   std::vector<worker::v1::SequenceOutput> samples;  // what was said of each, as Merge leaves it
