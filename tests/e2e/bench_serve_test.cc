@@ -134,7 +134,7 @@ TEST_F(BenchServe, TheTableSaysWhatTheJsonSays) {
   EXPECT_EQ(output.code, 0) << output.text;
   EXPECT_THAT(output.text, AllOf(HasSubstr("demo_model, tp 1, kv f16"), HasSubstr("time to first token (TTFT)"),
                                  HasSubstr("6 succeeded"), HasSubstr("0 failed"), HasSubstr("100.0 %"),
-                                 HasSubstr("TTFT, ms"), HasSubstr("####")));
+                                 HasSubstr("TTFT, ms"), HasSubstr("ITL, ms"), HasSubstr("####")));
   EXPECT_THAT(output.text, Not(HasSubstr("cut off")));
 }
 
