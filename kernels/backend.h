@@ -69,16 +69,20 @@ struct SumTree {
   std::vector<int64_t> boundaries;
 };
 
-// What inputs of quantised matrices are multiplied as. kFloat: f32, exact products. kInt8: quantised themselves, row by
-// row in groups of at most 128 columns that no chunk and no group of weights share (kernels/activation_groups.h);
-// faster and less exact, and within that arithmetic as invariant as the other. Matrices of floats are the same in both.
-enum class Activations : uint8_t { kFloat, kInt8 };
+// What inputs of matrices are multiplied as. kFloat: f32, exact products. kInt8, of quantised weights: quantised
+// themselves, row by row in groups of at most 128 columns that no chunk and no group of weights share
+// (kernels/activation_groups.h). kBF16, of f16 and bf16 weights: rounded to bf16, half to even, as f16 weights are when
+// they are packed; the chains are those of kFloat, with denormals taken for zeros at each fma. Both are faster and less
+// exact, and within their arithmetic as invariant as kFloat, which other matrices keep; but kBF16 refuses quantised
+// ones.
+enum class Activations : uint8_t { kFloat, kInt8, kBF16 };
 const char* ActivationsName(Activations activations);
 // For flags.
 std::map<std::string, Activations> ActivationsByName();
 inline constexpr char kActivationsHelp[] =
-    "What quantised weights are multiplied with, on the CPU: float, or int8, which is faster in prefill and "
-    "batches and less exact; f16, bf16 and f32 weights know floats alone";
+    "What weights are multiplied with, on the CPU: float; or int8, of quantised weights, or bf16, of f16 and bf16 "
+    "weights, which are faster in prefill and batches and less exact. bf16 makes bf16 of f16 weights, too: 8 bits of "
+    "their 11";
 
 // Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
 class PackedMatrix {
@@ -87,7 +91,7 @@ class PackedMatrix {
   virtual int64_t n_out() const = 0;
   virtual int64_t n_in() const = 0;
   virtual int64_t bytes() const = 0;  // read once per matmul of few rows
-  // What its inputs are multiplied as: kFloat, too, for matrices of floats of a backend whose activations are kInt8.
+  // What its inputs are multiplied as: kFloat, too, where the backend's activations are not of such weights.
   virtual Activations activations() const { return Activations::kFloat; }
 };
 

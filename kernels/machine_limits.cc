@@ -28,8 +28,8 @@ double MedianSeconds(Body&& body) {
 }  // namespace
 
 MachineLimits MeasureMachineLimits(int threads) {
-  const auto isa = FindIsaKernels("");
-  if (!isa.ok()) return {};
+  const auto kernels = FindCpuKernels("");
+  if (!kernels.ok()) return {};
   ThreadTeam team(threads > 0 ? threads : ThreadTeam::AllowedCpuCount(), /*pin_threads=*/true);
   MachineLimits limits;
   // Results are stored where the compiler cannot see that nobody reads them.
@@ -39,7 +39,8 @@ MachineLimits MeasureMachineLimits(int threads) {
   if (const auto memory = AllocateMemory(kPiece * kPieces); memory.ok()) {
     team.For(kPieces, [&](int64_t i, int) { std::memset(memory->get() + i * kPiece, 1, kPiece); });
     const double seconds = MedianSeconds([&] {
-      team.For(kPieces, [&](int64_t i, int) { sink += (*isa)->read_burst(memory->get() + i * kPiece, kPiece); });
+      team.For(kPieces,
+               [&](int64_t i, int) { sink += kernels->floats.read_burst(memory->get() + i * kPiece, kPiece); });
     });
     limits.read_bytes_per_second = static_cast<double>(kPiece * kPieces) / seconds;
   }
@@ -47,13 +48,13 @@ MachineLimits MeasureMachineLimits(int threads) {
   constexpr int64_t kIterations = 100'000;
   const int64_t bursts = 8 * team.size();
   const double iterations = static_cast<double>(bursts) * kIterations;
-  const double fma_seconds = MedianSeconds(
-      [&] { team.For(bursts, [&](int64_t, int) { sink += static_cast<uint64_t>((*isa)->fma_burst(kIterations)); }); });
-  limits.fma_flops_per_second = iterations * 2 * 16 * kFmaChains / fma_seconds;
-  const IntegerKernels& integers = FindIntegerKernels(**isa);
-  const double dot_seconds = MedianSeconds(
-      [&] { team.For(bursts, [&](int64_t, int) { sink += static_cast<uint64_t>(integers.dot_burst(kIterations)); }); });
-  limits.int8_ops_per_second = iterations * 2 * 64 * kDotChains / dot_seconds;
+  const auto seconds_of = [&](auto burst) {
+    return MedianSeconds(
+        [&] { team.For(bursts, [&](int64_t, int) { sink += static_cast<uint64_t>(burst(kIterations)); }); });
+  };
+  limits.fma_flops_per_second = iterations * 2 * 16 * kFmaChains / seconds_of(kernels->floats.fma_burst);
+  limits.int8_ops_per_second = iterations * 2 * 64 * kDotChains / seconds_of(kernels->integers.dot_burst);
+  limits.bf16_flops_per_second = iterations * 4 * 16 * kPairChains / seconds_of(kernels->bfloat16s.dot_burst);
   return limits;
 }
 

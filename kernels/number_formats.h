@@ -13,6 +13,22 @@ namespace rankwise::kernels {
 inline float HalfToFloat(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
 inline uint16_t FloatToHalf(float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline float BFloat16ToFloat(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+// Rounds half to even, beyond the largest to infinity. Denormals become zeros, as AVX512-BF16 has it; NaN stays NaN.
+inline uint16_t FloatToBFloat16(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  const uint32_t size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  if (size < 0x00800000) return static_cast<uint16_t>(bits >> 16 & 0x8000);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// FloatToBFloat16(HalfToFloat(half)), for whole matrices.
+inline uint16_t HalfToBFloat16(uint16_t half) {
+  const uint32_t sign = half & 0x8000u, size = half & 0x7fffu;
+  if (size < 0x0400 || size >= 0x7c00) return FloatToBFloat16(HalfToFloat(half));
+  constexpr uint32_t kExponents = 127 - 15;
+  return static_cast<uint16_t>(sign | (((size + 3 + (size >> 3 & 1)) >> 3) + (kExponents << 7)));
+}
 
 // The element at `data`, which need not be aligned.
 inline float LoadAsFloat(const std::byte* data, DType dtype) {

@@ -52,13 +52,15 @@ const char* ActivationsName(Activations activations) {
       return "float";
     case Activations::kInt8:
       return "int8";
+    case Activations::kBF16:
+      return "bf16";
   }
   return "unknown";
 }
 
 std::map<std::string, Activations> ActivationsByName() {
   std::map<std::string, Activations> by_name;
-  for (const Activations activations : {Activations::kFloat, Activations::kInt8}) {
+  for (const Activations activations : {Activations::kFloat, Activations::kInt8, Activations::kBF16}) {
     by_name[ActivationsName(activations)] = activations;
   }
   return by_name;
@@ -115,6 +117,24 @@ absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const 
         absl::StrCat("the boundaries of a sum tree do not rise from 0 to n_in=", shape.n_in));
   }
   return shape;
+}
+
+absl::StatusOr<Activations> ActivationsOf(const PackedShape& shape, Activations wanted) {
+  switch (wanted) {
+    case Activations::kFloat:
+      break;
+    case Activations::kInt8:
+      if (IsGrouped(shape.dtype)) return wanted;
+      break;
+    case Activations::kBF16:
+      if (IsGrouped(shape.dtype)) {
+        return absl::InvalidArgumentError(absl::StrCat("activations bf16 are of f16 and bf16 weights, but these are ",
+                                                       DTypeName(shape.dtype), ": choose float or int8"));
+      }
+      if (shape.dtype != DType::kF32) return wanted;
+      break;
+  }
+  return Activations::kFloat;
 }
 
 absl::Status CheckKvShape(const KvShape& shape, int32_t block_count) {

@@ -23,6 +23,8 @@ struct PackedShape {
 };
 
 absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const SumTree& tree);
+// What inputs of such a matrix are multiplied as when `wanted` is asked for. InvalidArgument where it cannot be.
+absl::StatusOr<Activations> ActivationsOf(const PackedShape& shape, Activations wanted);
 absl::Status CheckKvShape(const KvShape& shape, int32_t block_count);
 absl::Status CheckKvScales(const KvShape& shape, std::span<const KvChannelScales> scales);
 // Every token of the step must be a row of the table.

@@ -46,6 +46,8 @@ TEST(MachineLimitsTest, AreOfAPlausibleSize) {
   EXPECT_LT(limits.fma_flops_per_second, 1e13);
   EXPECT_GT(limits.int8_ops_per_second, 1e8);
   EXPECT_LT(limits.int8_ops_per_second, 1e14);
+  EXPECT_GT(limits.bf16_flops_per_second, 1e8);
+  EXPECT_LT(limits.bf16_flops_per_second, 1e13);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -53,7 +54,7 @@ struct Bench {
   std::function<MachineLimits()> limits;
   std::vector<Figure>& figures;
   bool is_quiet = false;
-  bool is_int8 = false;  // the backend's activations
+  Activations activations = Activations::kFloat;  // the backend's
 
   Backend::Floats Upload(std::span<const float> host) const {
     Backend::Floats device = Must(backend.Allocate(std::ssize(host)));
@@ -79,7 +80,7 @@ struct Bench {
 
   void Add(const std::string& what, double seconds, double bytes, double flops) const {
     const MachineLimits limit = limits();
-    const double most = is_int8 ? limit.int8_ops_per_second : limit.fma_flops_per_second;
+    const double most = limit.ops_per_second(activations);
     const double read_percent = 100 * bytes / seconds / limit.read_bytes_per_second;
     const double arithmetic_percent = 100 * flops / seconds / most;
     figures.push_back({what, "ms", 1e3 * seconds, Better::kLower});
@@ -88,13 +89,15 @@ struct Bench {
     if (is_quiet) return;
     std::printf("%-46s %9.3f ms %8.2f GB/s (%3.0f %% of %7.2f) %9.1f %s/s (%3.0f %% of %8.1f)\n", what.c_str(),
                 seconds * 1e3, bytes / seconds / 1e9, read_percent, limit.read_bytes_per_second / 1e9,
-                flops / seconds / 1e9, is_int8 ? "GOP" : "GFLOP", arithmetic_percent, most / 1e9);
+                flops / seconds / 1e9, activations == Activations::kInt8 ? "GOP" : "GFLOP", arithmetic_percent,
+                most / 1e9);
     std::fflush(stdout);
   }
 
   // Copies enough of one matrix that no cache holds them are read in turn.
-  void MatMuls(const std::string& dtype, const MatrixView& view, const SumTree& tree, int64_t total_bytes,
+  void MatMuls(std::string dtype, const MatrixView& view, const SumTree& tree, int64_t total_bytes,
                const std::vector<int64_t>& row_counts) const {
+    if (activations != Activations::kFloat) dtype += absl::StrFormat(" x %s", ActivationsName(activations));
     const int64_t n_out = view.rows, n_in = view.cols;
     std::vector<std::unique_ptr<PackedMatrix>> matrices;
     do {
@@ -112,9 +115,9 @@ struct Bench {
           Must(backend.MatMul(y.get(), x.get(), rows, *matrices[next++ % matrices.size()], nullptr));
         }
       });
-      const double activations = static_cast<double>(rows * (n_in + n_out)) * sizeof(float);
+      const double row_bytes = static_cast<double>(rows * (n_in + n_out)) * sizeof(float);
       Add(absl::StrFormat("matmul %s %dx%d, %d rows", dtype, n_out, n_in, rows), seconds,
-          static_cast<double>(matrices[0]->bytes()) + (rows > 64 ? activations : 0),
+          static_cast<double>(matrices[0]->bytes()) + (rows > 64 ? row_bytes : 0),
           2.0 * static_cast<double>(n_out * n_in * rows));
     }
   }
@@ -147,7 +150,7 @@ struct Bench {
                                 .group_size = kGroup};
     const MatrixView view{
         .dtype = bits == 4 ? DType::kInt4 : DType::kInt8, .rows = n_out, .cols = n_in, .grouped = &grouped};
-    MatMuls(absl::StrFormat("int%d%s", bits, is_int8 ? " x int8" : ""), view, {{0, n_in}}, total_bytes, row_counts);
+    MatMuls(absl::StrFormat("int%d", bits), view, {{0, n_in}}, total_bytes, row_counts);
   }
 
   // A pool of `layers` layers whose cache holds `context` tokens of each of `requests` requests.
@@ -250,7 +253,7 @@ struct Flags {
 };
 
 // A model of 1.1 billion parameters, and matrices of together 277 MB.
-void RunCpu(const Bench& bench, const Bench& int8) {
+void RunCpu(const Bench& bench, const Bench& int8, const Bench& bf16) {
   for (const auto& [n_out, n_in] : {std::pair{2048, 2048}, {5632, 2048}, {2048, 5632}}) {
     for (const int bits : {4, 8}) {
       for (const int64_t rows : {1, 8, 32, 512}) {
@@ -260,7 +263,9 @@ void RunCpu(const Bench& bench, const Bench& int8) {
       }
     }
   }
-  bench.MatMulsF16(5632, 2048, int64_t{270} << 20, {1, 2, 4, 8, 16, 32, 512});
+  for (const int64_t rows : {1, 2, 4, 8, 16, 32, 512}) {
+    for (const Bench* one : {&bench, &bf16}) one->MatMulsF16(5632, 2048, int64_t{270} << 20, {rows});
+  }
   constexpr ModelShape kModel{.n_heads = 32, .n_kv_heads = 4, .head_dim = 64};
   for (const KvFormat format : {KvFormat::kF16, KvFormat::kInt8, KvFormat::kInt8Online, KvFormat::kInt4Online}) {
     for (const auto& [context, requests] : {std::pair{2048, 1}, {8192, 1}, {2048, 8}}) {
@@ -302,14 +307,19 @@ absl::Status Measure(const Flags& flags, BenchRecord& record) {
     if (!is_quiet) std::printf("%s; medians of %d\n", subject.c_str(), kRepeats);
   };
   if (flags.device == "cpu") {
-    RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, CreateCpuBackend(flags.cpu));
-    begin(backend->Description());
-    // Measured for every line: other work of the machine hits both.
-    const auto limits = [&] { return MeasureMachineLimits(flags.cpu.threads); };
-    CpuOptions options = flags.cpu;
-    options.activations = Activations::kInt8;
-    RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> int8, CreateCpuBackend(options));
-    RunCpu({*backend, limits, record.figures, is_quiet}, {*int8, limits, record.figures, is_quiet, /*is_int8=*/true});
+    std::map<Activations, std::unique_ptr<Backend>> backends;
+    for (const auto& [name, activations] : ActivationsByName()) {
+      CpuOptions options = flags.cpu;
+      options.activations = activations;
+      RW_ASSIGN_OR_RETURN(backends[activations], CreateCpuBackend(options));
+    }
+    begin(backends[Activations::kFloat]->Description());
+    const auto bench = [&](Activations activations) {
+      // Measured for every line: other work of the machine hits both.
+      return Bench{*backends[activations], [&] { return MeasureMachineLimits(flags.cpu.threads); }, record.figures,
+                   is_quiet, activations};
+    };
+    RunCpu(bench(Activations::kFloat), bench(Activations::kInt8), bench(Activations::kBF16));
     return absl::OkStatus();
   }
   RW_ASSIGN_OR_RETURN(const CudaPlugin* plugin, OpenCudaPlugin(ProgramFolder()));

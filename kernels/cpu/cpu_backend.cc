@@ -14,14 +14,15 @@ namespace {
 // Below this many elements or multiplications the caller alone is done before the team has woken.
 constexpr int64_t kWorthATeam = 32 << 10;
 
-// Of one row of a matmul's input as the kernels read it: f32, or the words, scales and sums of QuantizedRows.
+// Of one row of a matmul's input as the kernels read it: a float or a word for each step, or QuantizedRows.
 int64_t TiledFloatsPerRow(const CpuMatrix& w) {
-  return w.takes_integers() ? 2 * w.pairs_per_row() + 2 * std::ssize(w.dot_groups()) : w.n_in();
+  return w.activations() == Activations::kInt8 ? 2 * w.pairs_per_row() + 2 * std::ssize(w.dot_groups())
+                                               : w.steps().back();
 }
 
 }  // namespace
 
-absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_set) {
+absl::StatusOr<CpuKernels> FindCpuKernels(const std::string& instruction_set) {
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -35,12 +36,9 @@ absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_
   if (instruction_set == "avx512" && !has_avx512) {
     return absl::FailedPreconditionError("this CPU lacks AVX-512 F, BW, VL or DQ");
   }
-  return has_avx512 && instruction_set != "avx2" ? &kAvx512Kernels : &kAvx2Kernels;
-}
-
-const IntegerKernels& FindIntegerKernels(const IsaKernels& isa) {
-  __builtin_cpu_init();
-  return &isa == &kAvx512Kernels && __builtin_cpu_supports("avx512vnni") ? kAvx512VnniIntegers : kAvx2Integers;
+  if (!has_avx512 || instruction_set == "avx2") return CpuKernels{kAvx2Kernels, kAvx2Integers, kAvx2BFloat16s};
+  return CpuKernels{kAvx512Kernels, __builtin_cpu_supports("avx512vnni") ? kAvx512VnniIntegers : kAvx2Integers,
+                    __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16BFloat16s : kAvx512BFloat16s};
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& options) {
@@ -48,20 +46,23 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& opti
   if (options.threads < 0 || options.threads > kMaxThreads) {
     return absl::InvalidArgumentError(absl::StrCat("threads=", options.threads, " is not in [0, ", kMaxThreads, "]"));
   }
-  RW_ASSIGN_OR_RETURN(const IsaKernels* isa, FindIsaKernels(options.instruction_set));
+  RW_ASSIGN_OR_RETURN(const CpuKernels kernels, FindCpuKernels(options.instruction_set));
   const int threads = options.threads > 0 ? options.threads : ThreadTeam::AllowedCpuCount();
-  return std::make_unique<CpuBackend>(*isa, options, threads);
+  return std::make_unique<CpuBackend>(kernels, options, threads);
 }
 
-CpuBackend::CpuBackend(const IsaKernels& isa, const CpuOptions& options, int threads)
-    : isa_(isa),
-      integers_(FindIntegerKernels(isa)),
+CpuBackend::CpuBackend(const CpuKernels& kernels, const CpuOptions& options, int threads)
+    : isa_(kernels.floats),
+      integers_(kernels.integers),
+      bfloat16s_(kernels.bfloat16s),
       activations_(options.activations),
       team_(threads, options.pin_threads) {}
 
 std::string CpuBackend::Description() const {
   return absl::StrCat("cpu ", isa_.name, ", ", team_.size(), team_.size() == 1 ? " thread" : " threads",
-                      activations_ == Activations::kInt8 ? absl::StrCat(", integers by ", integers_.name) : "");
+                      activations_ == Activations::kInt8   ? absl::StrCat(", integers by ", integers_.name)
+                      : activations_ == Activations::kBF16 ? absl::StrCat(", bf16 by ", bfloat16s_.name)
+                                                           : "");
 }
 
 absl::StatusOr<Backend::Floats> CpuBackend::Allocate(int64_t count) {
@@ -83,7 +84,8 @@ absl::Status CpuBackend::CopyToDevice(std::span<const float> host, float* device
 
 absl::StatusOr<std::unique_ptr<PackedMatrix>> CpuBackend::Pack(std::span<const MatrixView> blocks,
                                                                const SumTree& tree) {
-  RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuMatrix> matrix, CpuMatrix::Create(blocks, tree, activations_, team_));
+  RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuMatrix> matrix,
+                      CpuMatrix::Create(blocks, tree, activations_, bfloat16s_, team_));
   matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
   tiled_rows_.Reserve(kMatMulRowBlock * TiledFloatsPerRow(*matrix));
   return matrix;
@@ -166,7 +168,9 @@ absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, con
   const auto& w = static_cast<const CpuMatrix&>(weights);
   for (int64_t begin = 0; begin < row_count; begin += kMatMulRowBlock) {
     const auto rows = static_cast<int32_t>(std::min<int64_t>(kMatMulRowBlock, row_count - begin));
-    const int tile_rows = w.takes_integers() ? integers_.tile_rows : isa_.matmul_tile_rows;
+    const int tile_rows = w.activations() == Activations::kInt8   ? integers_.tile_rows
+                          : w.activations() == Activations::kBF16 ? bfloat16s_.tile_rows
+                                                                  : isa_.matmul_tile_rows;
     MatMulTask task{.y = y + begin * w.n_out(),
                     .x = x + begin * w.n_in(),
                     .row_count = rows,
@@ -176,6 +180,7 @@ absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, con
                     .n_out = w.n_out(),
                     .n_in = w.n_in(),
                     .boundaries = w.boundaries().data(),
+                    .steps = w.steps().data(),
                     .chunk_count = static_cast<int32_t>(w.boundaries().size()) - 1,
                     .bias = bias,
                     .group_size = w.shape().group_size,
@@ -184,24 +189,25 @@ absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, con
                     .chunk_groups = w.chunk_groups().data(),
                     .quantized = {}};
     const bool is_small = w.n_out() * w.n_in() * rows < kWorthATeam;
-    if (w.takes_integers()) {
+    if (w.activations() == Activations::kInt8) {
       TileIntegers(task, w, is_small);
-    } else if (rows > 1) {
-      TileFloats(task, w, is_small);
+    } else if (rows > 1 || w.activations() == Activations::kBF16) {
+      TileColumns(task, w, is_small);
     }
     MultiplyPanels(task, w, is_small);
   }
   return absl::OkStatus();
 }
 
-void CpuBackend::TileFloats(MatMulTask& task, const CpuMatrix& w, bool is_small) {
+void CpuBackend::TileColumns(MatMulTask& task, const CpuMatrix& w, bool is_small) {
+  const auto tile_rows = w.activations() == Activations::kBF16 ? bfloat16s_.tile_rows_of : isa_.tile_rows;
   float* tiles = tiled_rows_.Reserve(kMatMulRowBlock * TiledFloatsPerRow(w));
   constexpr int64_t kPiece = 256;
-  const int64_t pieces = is_small ? 1 : (w.n_in() + kPiece - 1) / kPiece;
-  const int64_t piece = is_small ? w.n_in() : kPiece;
-  team_.For(pieces, [&](int64_t i, int) {
-    isa_.tile_rows(tiles, task.x, task, i * piece, std::min((i + 1) * piece, w.n_in()));
-  });
+  const int64_t steps = w.steps().back();
+  // A row alone is done before the team has woken.
+  const int64_t piece = is_small || task.row_count == 1 ? steps : kPiece;
+  team_.For((steps + piece - 1) / piece,
+            [&](int64_t i, int) { tile_rows(tiles, task.x, task, i * piece, std::min((i + 1) * piece, steps)); });
   task.x = tiles;
 }
 
@@ -213,7 +219,7 @@ void CpuBackend::TileIntegers(MatMulTask& task, const CpuMatrix& w, bool is_smal
                     .sums = reinterpret_cast<uint32_t*>(tiles + task.row_count * (words + groups)),
                     .pair_count = static_cast<int32_t>(w.pairs_per_row()),
                     .group_count = static_cast<int32_t>(groups)};
-  constexpr int64_t kPiece = 2;  // as many columns as TileFloats takes
+  constexpr int64_t kPiece = 2;  // as many columns as TileColumns takes
   // A row alone is done before the team has woken.
   const int64_t piece = is_small || task.row_count == 1 ? groups : kPiece;
   team_.For((groups + piece - 1) / piece, [&](int64_t i, int) {
@@ -222,8 +228,9 @@ void CpuBackend::TileIntegers(MatMulTask& task, const CpuMatrix& w, bool is_smal
 }
 
 void CpuBackend::MultiplyPanels(const MatMulTask& task, const CpuMatrix& w, bool is_small) {
-  const auto multiply = w.takes_integers() ? integers_.matmul_panel[w.dtype() == DType::kInt8]
-                                           : isa_.matmul_panel[static_cast<int>(w.dtype())];
+  const auto multiply = w.activations() == Activations::kInt8   ? integers_.matmul_panel[w.dtype() == DType::kInt8]
+                        : w.activations() == Activations::kBF16 ? bfloat16s_.matmul_panel
+                                                                : isa_.matmul_panel[static_cast<int>(w.dtype())];
   float* scratch = matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
   if (is_small) {
     for (int64_t panel = 0; panel < w.panel_count(); ++panel) multiply(task, panel, scratch);

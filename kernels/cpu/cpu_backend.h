@@ -15,16 +15,19 @@
 
 namespace rankwise::kernels {
 
-// The table of `instruction_set` ("" the best). InvalidArgument for an unknown name, FailedPrecondition when this CPU
-// lacks it.
-absl::StatusOr<const IsaKernels*> FindIsaKernels(const std::string& instruction_set);
-// Those of `isa`, or the best of a CPU that has less.
-const IntegerKernels& FindIntegerKernels(const IsaKernels& isa);
+struct CpuKernels {
+  const IsaKernels& floats;
+  const IntegerKernels& integers;
+  const BFloat16Kernels& bfloat16s;
+};
+// Those of `instruction_set` ("" the best) and what this CPU has beyond it. InvalidArgument for an unknown name,
+// FailedPrecondition when this CPU lacks it.
+absl::StatusOr<CpuKernels> FindCpuKernels(const std::string& instruction_set);
 
 // Scratch grows to the largest step seen and is kept; after that no op allocates.
 class CpuBackend : public Backend {
  public:
-  CpuBackend(const IsaKernels& isa, const CpuOptions& options, int threads);
+  CpuBackend(const CpuKernels& kernels, const CpuOptions& options, int threads);
 
   std::string Description() const override;
   absl::StatusOr<Floats> Allocate(int64_t count) override;
@@ -66,7 +69,7 @@ class CpuBackend : public Backend {
   };
 
   void MultiplyPanels(const MatMulTask& task, const CpuMatrix& w, bool is_small);
-  void TileFloats(MatMulTask& task, const CpuMatrix& w, bool is_small);
+  void TileColumns(MatMulTask& task, const CpuMatrix& w, bool is_small);
   void TileIntegers(MatMulTask& task, const CpuMatrix& w, bool is_small);
 
   template <typename Body>
@@ -78,13 +81,14 @@ class CpuBackend : public Backend {
 
   const IsaKernels& isa_;
   const IntegerKernels& integers_;
+  const BFloat16Kernels& bfloat16s_;
   const Activations activations_;
   ThreadTeam team_;
   StepIndex step_;
   std::vector<RowTile> tiles_;
   std::vector<TileSplit> tile_splits_;
   Scratch matmul_scratch_;     // [threads, kMatMulScratch]
-  Scratch tiled_rows_;         // rows of one block of a matmul, by tiles: floats or QuantizedRows
+  Scratch tiled_rows_;         // rows of one block of a matmul, by tiles: floats, words or QuantizedRows
   Scratch attention_scratch_;  // [threads]: two states, then AttentionScratchFloats
   Scratch partials_;           // states [tile splits, KV heads]
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "base/status_macros.h"
 #include "kernels/activation_groups.h"
@@ -24,27 +25,54 @@ SourceRow FindRow(std::span<const MatrixView> blocks, int64_t row) {
   return {nullptr, 0};
 }
 
-// Elements [begin, end) of a row into one column of a panel. T is the packed element.
+// An element of f16 or bf16.
+uint16_t BFloat16At(const MatrixView& block, int64_t row, int64_t k) {
+  uint16_t bits;
+  std::memcpy(&bits, block.data + (row * block.row_stride + k) * static_cast<int64_t>(sizeof(bits)), sizeof(bits));
+  return block.dtype == DType::kF16 ? HalfToBFloat16(bits) : bits;
+}
+
+// Elements [begin, end) of a row into one column of a panel of `dtype`, whose elements are T.
 template <typename T>
-void PackColumn(const SourceRow& from, int64_t begin, int64_t end, T* column) {
+void PackColumn(const SourceRow& from, DType dtype, int64_t begin, int64_t end, T* column) {
   if (from.block == nullptr) {
     for (int64_t k = begin; k < end; ++k) column[k * kPanelColumns] = T{};
-  } else if (const MatrixView& block = *from.block;
-             !block.grouped && DTypeBytes(block.dtype) == static_cast<int64_t>(sizeof(T))) {
+  } else if (const MatrixView& block = *from.block; block.dtype == dtype) {
     const std::byte* row = block.data + from.row * block.row_stride * static_cast<int64_t>(sizeof(T));
     for (int64_t k = begin; k < end; ++k) std::memcpy(column + k * kPanelColumns, row + k * sizeof(T), sizeof(T));
   } else {
     for (int64_t k = begin; k < end; ++k) {
-      column[k * kPanelColumns] = static_cast<T>(ElementAt(block, from.row, k));
+      if constexpr (std::is_same_v<T, float>) {
+        column[k * kPanelColumns] = ElementAt(block, from.row, k);
+      } else {
+        column[k * kPanelColumns] = BFloat16At(block, from.row, k);
+      }
     }
   }
 }
 
+constexpr int64_t kPackDepth = 64;  // 32 cache lines read, 64 written
+
 template <typename T>
-void PackRows(std::span<const SourceRow> rows, int64_t n_in, T* panel) {
-  constexpr int64_t kDepth = 64;  // 32 cache lines read, 64 written
-  for (int64_t k = 0; k < n_in; k += kDepth) {
-    for (size_t c = 0; c < rows.size(); ++c) PackColumn(rows[c], k, std::min(k + kDepth, n_in), panel + c);
+void PackRows(std::span<const SourceRow> rows, const PackedShape& shape, T* panel) {
+  for (int64_t k = 0; k < shape.n_in; k += kPackDepth) {
+    const int64_t end = std::min(k + kPackDepth, shape.n_in);
+    for (size_t c = 0; c < rows.size(); ++c) PackColumn(rows[c], shape.dtype, k, end, panel + c);
+  }
+}
+
+// Columns [begin, end) of one chunk in words of two, the earlier in the upper half.
+void PackPairs(std::span<const SourceRow> rows, int64_t begin, int64_t end, uint32_t* words) {
+  constexpr uint32_t kMinusZero = 0x8000;
+  for (int64_t k = begin; k < end; k += kPackDepth, words += kPackDepth / 2 * kPanelColumns) {
+    for (size_t c = 0; c < rows.size(); ++c) {
+      const auto [block, row] = rows[c];
+      for (int64_t i = k; i < std::min(k + kPackDepth, end); i += 2) {
+        const uint32_t upper = block ? BFloat16At(*block, row, i) : 0;
+        const uint32_t lower = i + 1 == end ? kMinusZero : block ? BFloat16At(*block, row, i + 1) : 0;
+        words[(i - k) / 2 * kPanelColumns + c] = upper << 16 | lower;
+      }
+    }
   }
 }
 
@@ -91,18 +119,28 @@ void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, bool 
 
 int64_t CpuMatrix::panel_count() const { return (shape_.n_out + kPanelColumns - 1) / kPanelColumns; }
 int64_t CpuMatrix::q_bytes() const {
-  return takes_integers() && shape_.dtype == DType::kInt8
+  return activations_ == Activations::kInt8 && shape_.dtype == DType::kInt8
              ? (shape_.n_in + 7) / 8 * 8 * kPanelColumns
              : GroupedPanelBytes(shape_.n_in, shape_.dtype == DType::kInt4 ? 4 : 8);
 }
 int64_t CpuMatrix::panel_bytes() const {
+  if (is_in_pairs_) return steps_.back() * kPanelColumns * static_cast<int64_t>(sizeof(uint32_t));
   if (!IsGrouped(shape_.dtype)) return shape_.n_in * kPanelColumns * DTypeBytes(shape_.dtype);
   return q_bytes() + GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * kPanelColumns * 3;
 }
 
-CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations)
-    : shape_(shape), boundaries_(tree.boundaries) {
-  if (activations != Activations::kInt8 || !IsGrouped(shape.dtype)) return;
+CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations, bool is_in_pairs)
+    : shape_(shape),
+      activations_(activations),
+      is_in_pairs_(is_in_pairs),
+      boundaries_(tree.boundaries),
+      steps_(tree.boundaries) {
+  if (is_in_pairs) {
+    for (size_t c = 1; c < steps_.size(); ++c) {
+      steps_[c] = steps_[c - 1] + (boundaries_[c] - boundaries_[c - 1] + 1) / 2;
+    }
+  }
+  if (activations != Activations::kInt8) return;
   int32_t pairs = 0;
   for (const ActivationGroup& group : CutActivations(shape, tree, chunk_groups_)) {
     const int32_t pair_begin = group.begin / 8, pair_end = (group.end - 1) / 8 + 1;
@@ -117,9 +155,13 @@ CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations 
 }
 
 absl::StatusOr<std::unique_ptr<CpuMatrix>> CpuMatrix::Create(std::span<const MatrixView> blocks, const SumTree& tree,
-                                                             Activations activations, ThreadTeam& team) {
-  RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
-  std::unique_ptr<CpuMatrix> matrix(new CpuMatrix(shape, tree, activations));
+                                                             Activations activations, const BFloat16Kernels& bfloat16s,
+                                                             ThreadTeam& team) {
+  RW_ASSIGN_OR_RETURN(PackedShape shape, CheckPack(blocks, tree));
+  RW_ASSIGN_OR_RETURN(const Activations own, ActivationsOf(shape, activations));
+  if (own == Activations::kBF16) shape.dtype = DType::kBF16;
+  const bool is_in_pairs = own == Activations::kBF16 && bfloat16s.is_in_pairs;
+  std::unique_ptr<CpuMatrix> matrix(new CpuMatrix(shape, tree, own, is_in_pairs));
   RW_ASSIGN_OR_RETURN(matrix->memory_, AllocateMemory(matrix->bytes()));
   team.For(matrix->panel_count(), [&](int64_t panel, int) { matrix->PackPanel(blocks, panel); });
   return matrix;
@@ -130,11 +172,15 @@ void CpuMatrix::PackPanel(std::span<const MatrixView> blocks, int64_t panel) {
   for (int c = 0; c < kPanelColumns; ++c) rows[c] = FindRow(blocks, panel * kPanelColumns + c);
   std::byte* to = memory_.get() + panel * panel_bytes();
   if (IsGrouped(shape_.dtype)) {
-    PackGroups(rows, shape_, takes_integers(), q_bytes(), to);
+    PackGroups(rows, shape_, activations_ == Activations::kInt8, q_bytes(), to);
+  } else if (is_in_pairs_) {
+    for (size_t c = 0; c + 1 < steps_.size(); ++c) {
+      PackPairs(rows, boundaries_[c], boundaries_[c + 1], reinterpret_cast<uint32_t*>(to) + steps_[c] * kPanelColumns);
+    }
   } else if (shape_.dtype == DType::kF32) {
-    PackRows(rows, shape_.n_in, reinterpret_cast<float*>(to));
+    PackRows(rows, shape_, reinterpret_cast<float*>(to));
   } else {
-    PackRows(rows, shape_.n_in, reinterpret_cast<uint16_t*>(to));
+    PackRows(rows, shape_, reinterpret_cast<uint16_t*>(to));
   }
 }
 

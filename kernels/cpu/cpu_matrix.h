@@ -13,17 +13,18 @@
 
 namespace rankwise::kernels {
 
-// Panels [n_out / 32, n_in, 32] in the packed dtype, those of grouped weights with their parameters (MatMulTask);
-// columns past n_out are zeros.
+// Panels [n_out / 32, n_in, 32] in the packed dtype, those of grouped weights with their parameters (MatMulTask), those
+// in pairs as BFloat16Kernels has them; columns past n_out are zeros.
 class CpuMatrix : public PackedMatrix {
  public:
   static absl::StatusOr<std::unique_ptr<CpuMatrix>> Create(std::span<const MatrixView> blocks, const SumTree& tree,
-                                                           Activations activations, ThreadTeam& team);
+                                                           Activations activations, const BFloat16Kernels& bfloat16s,
+                                                           ThreadTeam& team);
 
   int64_t n_out() const override { return shape_.n_out; }
   int64_t n_in() const override { return shape_.n_in; }
   int64_t bytes() const override { return panel_count() * panel_bytes(); }
-  Activations activations() const override { return takes_integers() ? Activations::kInt8 : Activations::kFloat; }
+  Activations activations() const override { return activations_; }
 
   DType dtype() const { return shape_.dtype; }
   const PackedShape& shape() const { return shape_; }
@@ -31,19 +32,22 @@ class CpuMatrix : public PackedMatrix {
   int64_t panel_count() const;
   const std::byte* data() const { return memory_.get(); }
   std::span<const int64_t> boundaries() const { return boundaries_; }
+  std::span<const int64_t> steps() const { return steps_; }  // of a panel, behind each of the boundaries
   // Of a matrix for quantised activations, else empty.
   std::span<const DotGroup> dot_groups() const { return dot_groups_; }
   std::span<const int32_t> chunk_groups() const { return chunk_groups_; }
-  bool takes_integers() const { return !dot_groups_.empty(); }
   int64_t pairs_per_row() const { return dot_groups_.back().x_pair + dot_groups_.back().pair_count; }
 
  private:
-  CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations);
+  CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations, bool is_in_pairs);
   int64_t q_bytes() const;  // of a panel of grouped weights
   void PackPanel(std::span<const MatrixView> blocks, int64_t panel);
 
   const PackedShape shape_;
+  const Activations activations_;
+  const bool is_in_pairs_;
   const std::vector<int64_t> boundaries_;
+  std::vector<int64_t> steps_;
   std::vector<DotGroup> dot_groups_;
   std::vector<int32_t> chunk_groups_;
   Memory memory_;

@@ -41,22 +41,24 @@ struct QuantizedRows {
 
 struct MatMulTask {
   float* y;                  // [row_count, n_out]
-  const float* x;            // tiles of consecutive rows, each [n_in, rows of the tile]
+  const float* x;            // tiles of consecutive rows, each [steps, rows of the tile]
   int32_t row_count;         // at most kMatMulRowBlock
   int32_t tile_count;        // tile t covers rows [row_count * t / tile_count, row_count * (t + 1) / tile_count)
   const std::byte* weights;  // panels
   int64_t panel_bytes;
   int64_t n_out, n_in;
-  const int64_t* boundaries;  // [chunk_count + 1]
+  // [chunk_count + 1]: the input columns of the chunks, and in how many steps a panel takes them. A step is a column,
+  // or a pair of one chunk's in a word (BFloat16Kernels).
+  const int64_t *boundaries, *steps;
   int32_t chunk_count;
   const float* bias;  // [n_out] or null
   // Of grouped weights: input column k belongs to group (k + group_offset) / group_size. A panel is
   // {q, scales f16 [groups, 32], zeros u8 [groups, 32]}, where q is [n_in, 32] of eight bits, or [n_in / 8, 32] of
   // words that hold eight input columns from their lowest bits on.
   int32_t group_size, group_offset;
-  // Of IntegerKernels, instead of x and boundaries. A panel's q is then stored in pairs of words of eight input columns
-  // [n_in / 8, 2, 32]: columns 0 2 4 6 of the eight from the lowest bits on, then 1 3 5 7; of four bits, where one word
-  // holds all eight in their order, that order is [n_in / 8, 32] as above.
+  // Of IntegerKernels, instead of x, boundaries and steps. A panel's q is then stored in pairs of words of eight input
+  // columns [n_in / 8, 2, 32]: columns 0 2 4 6 of the eight from the lowest bits on, then 1 3 5 7; of four bits, where
+  // one word holds all eight in their order, that order is [n_in / 8, 32] as above.
   const DotGroup* groups;
   const int32_t* chunk_groups;  // [chunk_count + 1]
   QuantizedRows quantized;
@@ -135,7 +137,7 @@ struct IsaKernels {
 
   // One panel for all rows of the task. Indexed by DType.
   void (*matmul_panel[kDTypeCount])(const MatMulTask&, int64_t panel, float* scratch);
-  // Input columns [begin, end) of rows [row_count, n_in] into the tiles of MatMulTask::x.
+  // Steps [begin, end) of rows [row_count, n_in] into the tiles of MatMulTask::x.
   void (*tile_rows)(float* tiles, const float* x, const MatMulTask&, int64_t begin, int64_t end);
 
   // Of f32, f16 and bf16.
@@ -177,9 +179,29 @@ struct IntegerKernels {
 
 inline constexpr int kDotChains = 12;
 
+// bf16 weights times activations rounded to bf16 (Activations::kBF16): the fma chains of IsaKernels with denormals
+// taken for zeros, within the bound of matmul_kernel.h and 2^-126 for each column. In pairs, a word of weights or of x
+// holds two columns of one chunk, the earlier in its upper half; behind an odd last one, -0 of weights and 0 of x, which
+// change no sum. A panel is then [steps, 32] words.
+struct BFloat16Kernels {
+  const char* name;
+  bool is_in_pairs;
+  int tile_rows;  // most rows of one tile
+  // As of IsaKernels, with words for floats in pairs.
+  void (*tile_rows_of)(float* tiles, const float* x, const MatMulTask&, int64_t begin, int64_t end);
+  void (*matmul_panel)(const MatMulTask&, int64_t panel, float* scratch);
+  // For MeasureMachineLimits: 4 * 16 * kPairChains operations per iteration.
+  float (*dot_burst)(int64_t iterations);
+};
+
+inline constexpr int kPairChains = 24;
+
 extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kAvx512Kernels;
 extern const IntegerKernels kAvx2Integers;
 extern const IntegerKernels kAvx512VnniIntegers;
+extern const BFloat16Kernels kAvx2BFloat16s;
+extern const BFloat16Kernels kAvx512BFloat16s;
+extern const BFloat16Kernels kAvx512Bf16BFloat16s;
 
 }  // namespace rankwise::kernels

@@ -2,6 +2,8 @@
 #include "kernels/cpu/simd_avx2.h"
 // After the instruction set.
 #include "kernels/cpu/isa_table.h"
+// After its matrices and bursts.
+#include "kernels/cpu/rounded_matmul_kernel.h"
 // After the vector type.
 #include "kernels/cpu/dot_avx2.h"
 // After the products.
@@ -10,6 +12,7 @@
 namespace rankwise::kernels {
 
 constexpr IsaKernels kAvx2Kernels = avx2::kTable;
+constexpr BFloat16Kernels kAvx2BFloat16s = avx2::kBFloat16Table;
 constexpr IntegerKernels kAvx2Integers = avx2::kIntegerTable;
 
 }  // namespace rankwise::kernels

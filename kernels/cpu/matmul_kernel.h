@@ -1,6 +1,8 @@
 // Included after simd.h.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cpu/sum_tree.h"
 
 namespace rankwise::kernels::RW_ISA {
@@ -25,8 +27,12 @@ inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues,
   }
   for (int64_t k = 0; k < k_count; ++k) {
     const W* row = w + k * kPanelColumns;
-    if constexpr (sizeof(W) == 2) _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
-    Vector weights[V];
+    if constexpr (!std::is_same_v<W, float>) {
+      const char* ahead = reinterpret_cast<const char*>(row) + kPrefetchBytes;
+#pragma GCC unroll 2
+      for (size_t line = 0; line < sizeof(W) * V * 16; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    }
+    decltype(LoadAs<Vector>(row)) weights[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) weights[v] = LoadAs<Vector>(row + v * 16);
 #pragma GCC unroll 16
@@ -58,26 +64,24 @@ void PanelTile(const W* w, const float* x, int64_t k_count, bool continues, floa
 inline constexpr int kTileRows = kAccumulators >= 24 ? 12 : 6;
 
 template <typename W>
-using TileFunction = void (*)(const W*, const float*, int64_t, bool, float*);
-template <typename W>
-inline TileFunction<W> TileOf(int rows) {
-  static constexpr TileFunction<W> kTiles[] = {PanelTile<W, 1>,
-                                               PanelTile<W, 2>,
-                                               PanelTile<W, 3>,
-                                               PanelTile<W, 4>,
-                                               PanelTile<W, 5>,
-                                               PanelTile<W, 6>
+inline void MultiplyTile(int rows, const W* w, const float* x, int64_t k_count, bool continues, float* sums) {
+  static constexpr void (*kTiles[])(const W*, const float*, int64_t, bool, float*) = {PanelTile<W, 1>,
+                                                                                      PanelTile<W, 2>,
+                                                                                      PanelTile<W, 3>,
+                                                                                      PanelTile<W, 4>,
+                                                                                      PanelTile<W, 5>,
+                                                                                      PanelTile<W, 6>
 #ifdef __AVX512F__
-                                               ,
-                                               PanelTile<W, 7>,
-                                               PanelTile<W, 8>,
-                                               PanelTile<W, 9>,
-                                               PanelTile<W, 10>,
-                                               PanelTile<W, 11>,
-                                               PanelTile<W, 12>
+                                                                                      ,
+                                                                                      PanelTile<W, 7>,
+                                                                                      PanelTile<W, 8>,
+                                                                                      PanelTile<W, 9>,
+                                                                                      PanelTile<W, 10>,
+                                                                                      PanelTile<W, 11>,
+                                                                                      PanelTile<W, 12>
 #endif
   };
-  return kTiles[rows - 1];
+  kTiles[rows - 1](w, x, k_count, continues, sums);
 }
 
 // One panel of weights as they are: [n_in, 32].
@@ -88,12 +92,13 @@ class PlainPanel {
       : w_(reinterpret_cast<const W*>(task.weights + panel * task.panel_bytes)) {}
   // sums [rows, 32] = x [end - begin, rows] times input columns [begin, end), from 0.
   void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
-    TileOf<W>(rows)(w_ + begin * kPanelColumns, x, end - begin, false, sums);
+    MultiplyTile(rows, w_ + begin * kPanelColumns, x, end - begin, false, sums);
   }
-  // out [end - begin, 32] f32.
-  void Widen(int64_t begin, int64_t end, float* out) const {
+  // [end - begin, 32] as all tiles read them: f32, in `widened`.
+  const float* Block(int64_t begin, int64_t end, float* widened) const {
     const W* w = w_ + begin * kPanelColumns;
-    for (int64_t i = 0; i < (end - begin) * kPanelColumns; i += 16) Store(out + i, Load(w + i));
+    for (int64_t i = 0; i < (end - begin) * kPanelColumns; i += 16) Store(widened + i, Load(w + i));
+    return widened;
   }
 
  private:
@@ -210,13 +215,14 @@ class GroupedPanel {
       TileFor(rows)(q_, group, x + (k - begin) * rows, k, k_end, k > begin, sums);
     });
   }
-  void Widen(int64_t begin, int64_t end, float* out) const {
+  const float* Block(int64_t begin, int64_t end, float* widened) const {
     ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
       ForWeights<2>(q_, group, 0, k, k_end, [&](int64_t at, const Vec(&weights)[2]) {
-        Store(out + (at - begin) * kPanelColumns, weights[0]);
-        Store(out + (at - begin) * kPanelColumns + 16, weights[1]);
+        Store(widened + (at - begin) * kPanelColumns, weights[0]);
+        Store(widened + (at - begin) * kPanelColumns + 16, weights[1]);
       });
     });
+    return widened;
   }
 
  private:
@@ -274,7 +280,7 @@ class GroupedPanel {
   const U8* zeros_;
 };
 
-// Input columns [begin, end) of all tiles: sums [row_count, 32] from 0.
+// Steps [begin, end) of all tiles: sums [row_count, 32] from 0.
 template <typename Panel>
 void SumChunk(const MatMulTask& task, const Panel& panel, int64_t begin, int64_t end, float* sums, float* widened) {
   if (begin == end) std::memset(sums, 0, sizeof(float) * task.row_count * kPanelColumns);
@@ -284,11 +290,11 @@ void SumChunk(const MatMulTask& task, const Panel& panel, int64_t begin, int64_t
   }
   for (int64_t k = begin; k < end; k += kMatMulDepth) {
     const int64_t depth = Smaller<int64_t>(kMatMulDepth, end - k);
-    panel.Widen(k, k + depth, widened);
+    const auto* weights = panel.Block(k, k + depth, widened);
     for (int32_t t = 0; t < task.tile_count; ++t) {
       const int32_t row = TileBegin(task, t), rows = TileBegin(task, t + 1) - row;
-      const float* x = task.x + row * task.n_in + k * rows;
-      TileOf<float>(rows)(widened, x, depth, k > begin, sums + row * kPanelColumns);
+      const float* x = task.x + row * task.steps[task.chunk_count] + k * rows;
+      MultiplyTile(rows, weights, x, depth, k > begin, sums + row * kPanelColumns);
     }
   }
 }
@@ -297,7 +303,7 @@ template <typename Panel>
 void MatMulPanel(const MatMulTask& task, int64_t panel, float* scratch) {
   const Panel weights(task, panel);
   SumTreeOfPanel(task, panel, scratch + kMatMulDepth * kPanelColumns, [&](int32_t chunk, float* sums) {
-    SumChunk(task, weights, task.boundaries[chunk], task.boundaries[chunk + 1], sums, scratch);
+    SumChunk(task, weights, task.steps[chunk], task.steps[chunk + 1], sums, scratch);
   });
 }
 

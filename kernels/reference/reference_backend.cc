@@ -16,13 +16,15 @@ namespace {
 
 class ReferenceMatrix : public PackedMatrix {
  public:
-  // `groups`: of activations to quantise, or none.
-  ReferenceMatrix(const PackedShape& shape, std::span<const MatrixView> blocks, std::vector<ActivationGroup> groups)
-      : shape_(shape), groups_(std::move(groups)) {
+  // `groups`: of kInt8, else none.
+  ReferenceMatrix(const PackedShape& shape, std::span<const MatrixView> blocks, Activations activations,
+                  std::vector<ActivationGroup> groups)
+      : shape_(shape), activations_(activations), groups_(std::move(groups)) {
     for (const MatrixView& block : blocks) {
       for (int64_t r = 0; r < block.rows; ++r) {
         for (int64_t c = 0; c < block.cols; ++c) {
-          values_.push_back(ElementAt(block, r, c));
+          const float value = ElementAt(block, r, c);
+          values_.push_back(activations == Activations::kBF16 ? BFloat16ToFloat(FloatToBFloat16(value)) : value);
         }
       }
     }
@@ -31,11 +33,14 @@ class ReferenceMatrix : public PackedMatrix {
   int64_t n_out() const override { return shape_.n_out; }
   int64_t n_in() const override { return shape_.n_in; }
   int64_t bytes() const override { return static_cast<int64_t>(values_.size() * sizeof(float)); }
-  Activations activations() const override { return groups_.empty() ? Activations::kFloat : Activations::kInt8; }
+  Activations activations() const override { return activations_; }
   float at(int64_t out, int64_t in) const { return values_[out * shape_.n_in + in]; }
   // A row of inputs as it is multiplied.
   std::vector<double> Input(const float* x) const {
     std::vector<double> input(x, x + shape_.n_in);
+    if (activations_ == Activations::kBF16) {
+      for (int64_t k = 0; k < shape_.n_in; ++k) input[k] = BFloat16ToFloat(FloatToBFloat16(x[k]));
+    }
     for (const ActivationGroup& group : groups_) {
       std::vector<int8_t> q(group.end - group.begin);
       const double scale = QuantizeActivations({x + group.begin, q.size()}, q);
@@ -46,6 +51,7 @@ class ReferenceMatrix : public PackedMatrix {
 
  private:
   PackedShape shape_;
+  Activations activations_;
   std::vector<ActivationGroup> groups_;
   std::vector<float> values_;  // [n_out, n_in]
 };
@@ -197,10 +203,11 @@ class ReferenceBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
     RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
+    RW_ASSIGN_OR_RETURN(const Activations own, ActivationsOf(shape, activations_));
     std::vector<int32_t> chunk_begin;
-    const bool is_quantized = activations_ == Activations::kInt8 && IsGrouped(shape.dtype);
-    return std::make_unique<ReferenceMatrix>(
-        shape, blocks, is_quantized ? CutActivations(shape, tree, chunk_begin) : std::vector<ActivationGroup>());
+    std::vector<ActivationGroup> groups;
+    if (own == Activations::kInt8) groups = CutActivations(shape, tree, chunk_begin);
+    return std::make_unique<ReferenceMatrix>(shape, blocks, own, std::move(groups));
   }
   int64_t KvBlockBytes(const KvShape& shape) const override {
     return int64_t{shape.n_layers} * shape.n_kv_heads_local * kKvBlockTokens * 2 *
