@@ -185,6 +185,7 @@ absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, con
                     .bias = bias,
                     .group_size = w.shape().group_size,
                     .group_offset = w.shape().group_offset,
+                    .group_bytes = w.group_bytes(),
                     .groups = w.dot_groups().data(),
                     .chunk_groups = w.chunk_groups().data(),
                     .quantized = {}};

@@ -76,7 +76,7 @@ void PackPairs(std::span<const SourceRow> rows, int64_t begin, int64_t end, uint
   }
 }
 
-// Where q of input column k and column c of a panel lies: a byte and, of four bits, a shift in it.
+// Where q of column k of a group and column c of a panel lies: a byte and, of four bits, a shift in it.
 struct Place {
   int64_t byte;
   int shift;
@@ -87,30 +87,27 @@ Place PlaceOf(DType dtype, bool is_in_pairs, int64_t k, int64_t c) {
   return {((k / 8 * 2 + k % 2) * kPanelColumns + c) * 4 + k % 8 / 2, 0};
 }
 
-void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, bool is_in_pairs, int64_t q_bytes,
-                std::byte* panel) {
-  const int64_t groups = GroupCount(shape.n_in, shape.group_size, shape.group_offset);
-  auto* scales = reinterpret_cast<uint16_t*>(panel + q_bytes);
-  auto* zeros = reinterpret_cast<uint8_t*>(scales + groups * kPanelColumns);
-  std::memset(panel, 0, static_cast<size_t>(q_bytes + groups * kPanelColumns * 3));
-  for (int64_t k = 0; k < shape.n_in; ++k) {
-    for (size_t c = 0; c < rows.size(); ++c) {
-      if (rows[c].block == nullptr) continue;
-      const MatrixView& block = *rows[c].block;
-      const int q =
-          GroupedValue(*block.grouped, block.grouped->qweight, block.col_begin + k, block.row_begin + rows[c].row);
-      const Place place = PlaceOf(shape.dtype, is_in_pairs, k, static_cast<int64_t>(c));
-      panel[place.byte] |= static_cast<std::byte>(q << place.shift);
-    }
+// One group's columns [begin, end) of the slice.
+void PackGroup(std::span<const SourceRow> rows, const PackedShape& shape, bool is_in_pairs, int64_t group,
+               int64_t begin, int64_t end, std::byte* out) {
+  auto* scales = reinterpret_cast<uint16_t*>(out);
+  auto* zeros = reinterpret_cast<uint8_t*>(scales + kPanelColumns);
+  std::byte* q = out + kGroupHeaderBytes;
+  for (size_t c = 0; c < rows.size(); ++c) {
+    if (rows[c].block == nullptr) continue;
+    const MatrixView& block = *rows[c].block;
+    const int64_t source = block.col_begin / shape.group_size + group, row = block.row_begin + rows[c].row;
+    scales[c] = GroupedScale(*block.grouped, source, row);
+    zeros[c] = static_cast<uint8_t>(GroupedValue(*block.grouped, block.grouped->qzeros, source, row));
   }
-  for (int64_t group = 0; group < groups; ++group) {
+  for (int64_t k = begin; k < end; ++k) {
     for (size_t c = 0; c < rows.size(); ++c) {
       if (rows[c].block == nullptr) continue;
       const MatrixView& block = *rows[c].block;
-      const int64_t source = block.col_begin / shape.group_size + group, out = block.row_begin + rows[c].row;
-      scales[group * kPanelColumns + c] = GroupedScale(*block.grouped, source, out);
-      zeros[group * kPanelColumns + c] =
-          static_cast<uint8_t>(GroupedValue(*block.grouped, block.grouped->qzeros, source, out));
+      const int value =
+          GroupedValue(*block.grouped, block.grouped->qweight, block.col_begin + k, block.row_begin + rows[c].row);
+      const Place place = PlaceOf(shape.dtype, is_in_pairs, k - begin, static_cast<int64_t>(c));
+      q[place.byte] |= static_cast<std::byte>(value << place.shift);
     }
   }
 }
@@ -118,15 +115,13 @@ void PackGroups(std::span<const SourceRow> rows, const PackedShape& shape, bool 
 }  // namespace
 
 int64_t CpuMatrix::panel_count() const { return (shape_.n_out + kPanelColumns - 1) / kPanelColumns; }
-int64_t CpuMatrix::q_bytes() const {
-  return activations_ == Activations::kInt8 && shape_.dtype == DType::kInt8
-             ? (shape_.n_in + 7) / 8 * 8 * kPanelColumns
-             : GroupedPanelBytes(shape_.n_in, shape_.dtype == DType::kInt4 ? 4 : 8);
+int64_t CpuMatrix::group_bytes() const {
+  return GroupBytes(shape_.n_in, shape_.group_size, shape_.dtype == DType::kInt4 ? 4 : 8);
 }
 int64_t CpuMatrix::panel_bytes() const {
   if (is_in_pairs_) return steps_.back() * kPanelColumns * static_cast<int64_t>(sizeof(uint32_t));
   if (!IsGrouped(shape_.dtype)) return shape_.n_in * kPanelColumns * DTypeBytes(shape_.dtype);
-  return q_bytes() + GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * kPanelColumns * 3;
+  return GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * group_bytes();
 }
 
 CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations, bool is_in_pairs)
@@ -143,12 +138,14 @@ CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations 
   if (activations != Activations::kInt8) return;
   int32_t pairs = 0;
   for (const ActivationGroup& group : CutActivations(shape, tree, chunk_groups_)) {
-    const int32_t pair_begin = group.begin / 8, pair_end = (group.end - 1) / 8 + 1;
+    const auto first = static_cast<int32_t>(GroupBegin(group.weight_group, shape.group_size, shape.group_offset));
+    const int32_t pair_begin = (group.begin - first) / 8, pair_end = (group.end - first + 7) / 8;
     dot_groups_.push_back({.begin = group.begin,
                            .end = group.end,
                            .weight_group = group.weight_group,
                            .pair_begin = pair_begin,
                            .pair_count = pair_end - pair_begin,
+                           .pair_column = first + pair_begin * 8,
                            .x_pair = pairs});
     pairs += pair_end - pair_begin;
   }
@@ -172,7 +169,13 @@ void CpuMatrix::PackPanel(std::span<const MatrixView> blocks, int64_t panel) {
   for (int c = 0; c < kPanelColumns; ++c) rows[c] = FindRow(blocks, panel * kPanelColumns + c);
   std::byte* to = memory_.get() + panel * panel_bytes();
   if (IsGrouped(shape_.dtype)) {
-    PackGroups(rows, shape_, activations_ == Activations::kInt8, q_bytes(), to);
+    std::memset(to, 0, static_cast<size_t>(panel_bytes()));
+    const int64_t groups = panel_bytes() / group_bytes();
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = GroupBegin(group, shape_.group_size, shape_.group_offset);
+      const int64_t end = std::min(GroupBegin(group + 1, shape_.group_size, shape_.group_offset), shape_.n_in);
+      PackGroup(rows, shape_, activations_ == Activations::kInt8, group, begin, end, to + group * group_bytes());
+    }
   } else if (is_in_pairs_) {
     for (size_t c = 0; c + 1 < steps_.size(); ++c) {
       PackPairs(rows, boundaries_[c], boundaries_[c + 1], reinterpret_cast<uint32_t*>(to) + steps_[c] * kPanelColumns);

@@ -29,6 +29,7 @@ class CpuMatrix : public PackedMatrix {
   DType dtype() const { return shape_.dtype; }
   const PackedShape& shape() const { return shape_; }
   int64_t panel_bytes() const;
+  int64_t group_bytes() const;  // of grouped weights
   int64_t panel_count() const;
   const std::byte* data() const { return memory_.get(); }
   std::span<const int64_t> boundaries() const { return boundaries_; }
@@ -40,7 +41,6 @@ class CpuMatrix : public PackedMatrix {
 
  private:
   CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations, bool is_in_pairs);
-  int64_t q_bytes() const;  // of a panel of grouped weights
   void PackPanel(std::span<const MatrixView> blocks, int64_t panel);
 
   const PackedShape shape_;

@@ -27,7 +27,7 @@ inline __m256i LanesOfEight(int64_t begin, int64_t end) {
 }
 // The eight columns of a pair of one row; zeros for those outside the group.
 inline __m256 LoadEight(const float* x, const DotGroup& group, int64_t pair) {
-  const int64_t k = pair * 8;
+  const int64_t k = group.pair_column + pair * 8;
   if (k >= group.begin && k + 8 <= group.end) return _mm256_loadu_ps(x + k);
   return _mm256_maskload_ps(x + k,
                             LanesOfEight(Larger<int64_t>(group.begin - k, 0), Smaller<int64_t>(group.end - k, 8)));
@@ -49,7 +49,7 @@ inline void QuantizeGroup(const float* x, const DotGroup& group, int32_t rows, u
   // Sizes compare like their bits, and a NaN is above all of them.
   __m256i largest = _mm256_setzero_si256();
   for (int32_t p = 0; p < group.pair_count; ++p) {
-    const __m256i bits = _mm256_castps_si256(LoadEight(x, group, group.pair_begin + p));
+    const __m256i bits = _mm256_castps_si256(LoadEight(x, group, p));
     largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
   }
   const int32_t bits = LargestLane(largest);
@@ -61,7 +61,7 @@ inline void QuantizeGroup(const float* x, const DotGroup& group, int32_t rows, u
   const __m128i evens_first = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 0, 2, 4, 6, 1, 3, 5, 7);
   __m256i total = _mm256_setzero_si256();
   for (int32_t p = 0; p < group.pair_count; ++p) {
-    const __m256 level = _mm256_div_ps(LoadEight(x, group, group.pair_begin + p), divisor);
+    const __m256 level = _mm256_div_ps(LoadEight(x, group, p), divisor);
     const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(level, lowest), highest));
     total = _mm256_add_epi32(total, q);
     const __m128i sixteen = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
@@ -103,6 +103,17 @@ inline void QuantizeRows(const MatMulTask& task, const float* x, int64_t begin, 
 
 // --- Products.
 
+// Asks the second cache for what is read a page later, where the hardware's own prefetch ends. Every other line: its
+// neighbour comes along. One row of weights from memory, Zen 4: 90 % of what reads alone reach with eight bits and 83 %
+// with four; 86 and 78 % without, 84 and 70 % when every line is asked into the first cache, which holds one of its few
+// miss buffers for the whole way.
+template <typename Q>
+[[gnu::always_inline]] inline void PrefetchAhead(const Q* pair) {
+  const char* ahead = reinterpret_cast<const char*>(pair) + 4096;
+#pragma GCC unroll 2
+  for (size_t line = 0; line < sizeof(Q); line += 128) _mm_prefetch(ahead + line, _MM_HINT_T1);
+}
+
 // Of one group of weights: scales, and what the sums of q are multiplied with.
 struct DotParameters {
   Vec scale[2];
@@ -123,9 +134,7 @@ inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const u
     }
   }
   for (int32_t p = 0; p < pair_count; ++p) {
-    const char* ahead = reinterpret_cast<const char*>(q + p) + kPrefetchBytes;
-#pragma GCC unroll 4
-    for (size_t line = 0; line < sizeof(Q); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    PrefetchAhead(q + p);
     DotPair(q + p, v0, x + int64_t{2} * p * R, dots);
   }
 #pragma GCC unroll 16
@@ -173,26 +182,19 @@ inline DotFunction<Q> DotTileFor(int32_t rows) {
   return kTiles[rows - 1];
 }
 
-inline int64_t StoredPairs(int64_t n_in) { return (n_in + 7) / 8; }
-
-// One panel of weights of Q: pairs, scales f16 [groups, 32], zeros u8 [groups, 32].
+// One panel of weights in pairs of Q.
 template <typename Q>
 class DotPanel {
  public:
   DotPanel(const MatMulTask& task, int64_t panel)
-      : task_(task),
-        q_(reinterpret_cast<const Q*>(task.weights + panel * task.panel_bytes)),
-        scales_(reinterpret_cast<const uint16_t*>(q_ + StoredPairs(task.n_in))),
-        zeros_(reinterpret_cast<const U8*>(scales_ + GroupCount(task.n_in, task.group_size, task.group_offset) *
-                                                         kPanelColumns)) {}
+      : task_(task), groups_(task.weights + panel * task.panel_bytes) {}
 
   // sums [row_count, 32] of groups [begin, end), from 0.
   void SumChunk(int32_t begin, int32_t end, float* sums, float* scratch) const {
     if (begin == end) std::memset(sums, 0, sizeof(float) * task_.row_count * kPanelColumns);
     if (task_.tile_count == 1) {
       for (int32_t g = begin; g < end; ++g) {
-        AddGroup(Tile{TileOfQuantized(task_, 0)}, g, q_ + task_.groups[g].pair_begin, Parameters<Q>(g), g > begin,
-                 sums);
+        AddGroup(Tile{TileOfQuantized(task_, 0)}, g, Pairs(g), Parameters<Q>(g), g > begin, sums);
       }
       return;
     }
@@ -204,13 +206,18 @@ class DotPanel {
   static constexpr int32_t kBlockPairs = kMatMulDepth * kPanelColumns * 4 / static_cast<int32_t>(sizeof(SmallBytes));
   static constexpr int32_t kBlockGroups = 16;
 
+  const std::byte* WeightGroup(int32_t g) const { return groups_ + task_.groups[g].weight_group * task_.group_bytes; }
+  const Q* Pairs(int32_t g) const {
+    return reinterpret_cast<const Q*>(WeightGroup(g) + kGroupHeaderBytes) + task_.groups[g].pair_begin;
+  }
   template <typename Stored>
   DotParameters Parameters(int32_t g) const {
-    const int64_t at = int64_t{task_.groups[g].weight_group} * kPanelColumns;
+    const auto* scales = reinterpret_cast<const uint16_t*>(WeightGroup(g));
+    const auto* zeros = reinterpret_cast<const U8*>(scales + kPanelColumns);
     DotParameters parameters;
     for (int v = 0; v < 2; ++v) {
-      parameters.scale[v] = LoadF16(scales_ + at + v * 16);
-      parameters.shift[v] = OffsetMinus(kWeightOffset<Stored>, zeros_ + at + v * 16);
+      parameters.scale[v] = LoadF16(scales + v * 16);
+      parameters.shift[v] = OffsetMinus(kWeightOffset<Stored>, zeros + v * 16);
     }
     return parameters;
   }
@@ -238,9 +245,9 @@ class DotPanel {
       parameters[count] = Parameters<Stored>(g + count);
       if constexpr (kIsWidened) {
         q[count] = widened + pairs;
-        Widen(q_ + group.pair_begin, group.pair_count, widened + pairs);
+        Widen(Pairs(g + count), group.pair_count, widened + pairs);
       } else {
-        q[count] = q_ + group.pair_begin;
+        q[count] = Pairs(g + count);
       }
       pairs += group.pair_count;
     }
@@ -254,17 +261,13 @@ class DotPanel {
 
   static void Widen(const Nibbles* q, int32_t pair_count, SmallBytes* out) {
     for (int32_t p = 0; p < pair_count; ++p) {
-      const char* ahead = reinterpret_cast<const char*>(q + p) + kPrefetchBytes;
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      _mm_prefetch(ahead + 64, _MM_HINT_T0);
+      PrefetchAhead(q + p);
       for (int v = 0; v < 2; ++v) StorePair(out + p, v, LoadPair(q + p, v));
     }
   }
 
   const MatMulTask& task_;
-  const Q* q_;
-  const uint16_t* scales_;
-  const U8* zeros_;
+  const std::byte* groups_;
 };
 
 template <typename Q>

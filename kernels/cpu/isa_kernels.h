@@ -26,8 +26,9 @@ inline constexpr int64_t kMatMulScratch =
 struct DotGroup {
   int32_t begin, end;
   int32_t weight_group;
-  int32_t pair_begin, pair_count;
-  int32_t x_pair;  // pairs of all groups before it
+  int32_t pair_begin, pair_count;  // of its weight group's
+  int32_t pair_column;             // the first column of the first pair
+  int32_t x_pair;                  // pairs of all groups before it
 };
 
 // Tiles of consecutive rows like MatMulTask::x: words [pairs, 2, rows of the tile] of four q, which meet the stored
@@ -52,23 +53,30 @@ struct MatMulTask {
   const int64_t *boundaries, *steps;
   int32_t chunk_count;
   const float* bias;  // [n_out] or null
-  // Of grouped weights: input column k belongs to group (k + group_offset) / group_size. A panel is
-  // {q, scales f16 [groups, 32], zeros u8 [groups, 32]}, where q is [n_in, 32] of eight bits, or [n_in / 8, 32] of
-  // words that hold eight input columns from their lowest bits on.
+  // Of grouped weights: input column k belongs to group (k + group_offset) / group_size. A panel is its groups, each
+  // {scales f16 [32], zeros u8 [32], 32 bytes of nothing, q} in group_bytes, so that reading it is one stream: q is
+  // [columns, 32] of eight bits, or [columns / 8, 32] of words that hold eight input columns from their lowest bits on.
   int32_t group_size, group_offset;
-  // Of IntegerKernels, instead of x, boundaries and steps. A panel's q is then stored in pairs of words of eight input
-  // columns [n_in / 8, 2, 32]: columns 0 2 4 6 of the eight from the lowest bits on, then 1 3 5 7; of four bits, where
-  // one word holds all eight in their order, that order is [n_in / 8, 32] as above.
+  int64_t group_bytes;
+  // Of IntegerKernels, instead of x, boundaries and steps. A group's q is then stored in pairs of words of eight input
+  // columns [columns / 8, 2, 32]: columns 0 2 4 6 of the eight from the lowest bits on, then 1 3 5 7; of four bits,
+  // where one word holds all eight in their order, that order is [columns / 8, 32] as above.
   const DotGroup* groups;
   const int32_t* chunk_groups;  // [chunk_count + 1]
   QuantizedRows quantized;
 };
 
-inline constexpr int64_t GroupedPanelBytes(int64_t n_in, int bits) {
-  return bits == 8 ? n_in * kPanelColumns : (n_in + 7) / 8 * 4 * kPanelColumns;
-}
+inline constexpr int64_t kGroupHeaderBytes = 128;
 inline constexpr int64_t GroupCount(int64_t n_in, int64_t group_size, int64_t group_offset) {
   return (n_in + group_offset + group_size - 1) / group_size;
+}
+inline constexpr int64_t GroupBytes(int64_t n_in, int64_t group_size, int bits) {
+  const int64_t columns = n_in < group_size ? n_in : group_size;
+  return kGroupHeaderBytes + (columns + 7) / 8 * bits * kPanelColumns;
+}
+// The first input column of a group.
+inline constexpr int64_t GroupBegin(int64_t group, int64_t group_size, int64_t group_offset) {
+  return group == 0 ? 0 : group * group_size - group_offset;
 }
 
 struct RopeAppendTask {

@@ -1,8 +1,6 @@
 // Included after simd.h.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/cpu/sum_tree.h"
 
 namespace rankwise::kernels::RW_ISA {
@@ -27,11 +25,6 @@ inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues,
   }
   for (int64_t k = 0; k < k_count; ++k) {
     const W* row = w + k * kPanelColumns;
-    if constexpr (!std::is_same_v<W, float>) {
-      const char* ahead = reinterpret_cast<const char*>(row) + kPrefetchBytes;
-#pragma GCC unroll 2
-      for (size_t line = 0; line < sizeof(W) * V * 16; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-    }
     decltype(LoadAs<Vector>(row)) weights[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) weights[v] = LoadAs<Vector>(row + v * 16);
@@ -110,23 +103,19 @@ struct GroupParameters {
   Vec scale[2], shift[2];
 };
 
-// The stored values of one panel: of four bits, words of eight input columns, [n_in / 8, 32]; of eight, [n_in, 32].
+// The stored values of one group: of four bits, words of eight input columns, [columns / 8, 32]; of eight,
+// [columns, 32].
 struct FourBits {
   uint32_t word;
 };
 inline constexpr int kColumnsPerWord = 8;
-inline int64_t StoredBytes(const FourBits*, int64_t n_in) {
-  return (n_in + kColumnsPerWord - 1) / kColumnsPerWord * kPanelColumns * int64_t{sizeof(FourBits)};
-}
-inline int64_t StoredBytes(const U8*, int64_t n_in) { return n_in * kPanelColumns; }
 
-// Calls body(k, weights) for input columns [k, k_end) and output columns [16 v0, 16 (v0 + V)), all of one group.
+// Calls body(k, weights) for columns [k, k_end) of the group and output columns [16 v0, 16 (v0 + V)).
 template <int V, typename Body>
 [[gnu::always_inline]] inline void ForWeights(const U8* q, const GroupParameters& group, int v0, int64_t k,
                                               int64_t k_end, const Body& body) {
   for (; k < k_end; ++k) {
     const U8* row = q + k * kPanelColumns + v0 * 16;
-    _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
     Vec weights[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) weights[v] = Fma(Load(row + v * 16), group.scale[v0 + v], group.shift[v0 + v]);
@@ -139,8 +128,6 @@ template <int V, typename Body>
   NibbleWords words[V];
   const auto load = [&](int64_t at) __attribute__((always_inline)) {
     const FourBits* row = q + at / kColumnsPerWord * kPanelColumns + v0 * 16;
-    _mm_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes, _MM_HINT_T0);
-    if (V == 2) _mm_prefetch(reinterpret_cast<const char*>(row + 16) + kPrefetchBytes, _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) words[v] = LoadNibbleWords(row + v * 16);
   };
@@ -171,7 +158,7 @@ template <int V, typename Body>
   some(k_end);
 }
 
-// Input columns [k, k_end) of one group for R rows and output columns [16 v0, 16 (v0 + V)); x [k_end - k, R].
+// Columns [k, k_end) of one group for R rows and output columns [16 v0, 16 (v0 + V)); x [k_end - k, R].
 template <typename Q, int R, int V>
 inline void GroupTile(const Q* q, const GroupParameters& group, int v0, const float* x, int64_t k, int64_t k_end,
                       bool continues, float* sums) {
@@ -203,23 +190,19 @@ template <typename Q>
 class GroupedPanel {
  public:
   GroupedPanel(const MatMulTask& task, int64_t panel)
-      : task_(task),
-        q_(reinterpret_cast<const Q*>(task.weights + panel * task.panel_bytes)),
-        scales_(
-            reinterpret_cast<const uint16_t*>(task.weights + panel * task.panel_bytes + StoredBytes(q_, task.n_in))),
-        zeros_(reinterpret_cast<const U8*>(scales_ + GroupCount(task.n_in, task.group_size, task.group_offset) *
-                                                         kPanelColumns)) {}
+      : task_(task), groups_(task.weights + panel * task.panel_bytes) {}
 
   void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
-    ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
-      TileFor(rows)(q_, group, x + (k - begin) * rows, k, k_end, k > begin, sums);
+    ForGroups(begin, end, [&](int64_t first, const Q* q, const GroupParameters& group, int64_t k, int64_t k_end) {
+      TileFor(rows)(q, group, x + (k - begin) * rows, k - first, k_end - first, k > begin, sums);
     });
   }
   const float* Block(int64_t begin, int64_t end, float* widened) const {
-    ForGroups(begin, end, [&](int64_t k, int64_t k_end, const GroupParameters& group) {
-      ForWeights<2>(q_, group, 0, k, k_end, [&](int64_t at, const Vec(&weights)[2]) {
-        Store(widened + (at - begin) * kPanelColumns, weights[0]);
-        Store(widened + (at - begin) * kPanelColumns + 16, weights[1]);
+    ForGroups(begin, end, [&](int64_t first, const Q* q, const GroupParameters& group, int64_t k, int64_t k_end) {
+      float* out = widened + (first - begin) * kPanelColumns;
+      ForWeights<2>(q, group, 0, k - first, k_end - first, [&](int64_t at, const Vec(&weights)[2]) {
+        Store(out + at * kPanelColumns, weights[0]);
+        Store(out + at * kPanelColumns + 16, weights[1]);
       });
     });
     return widened;
@@ -257,27 +240,28 @@ class GroupedPanel {
     return kTiles[rows - 1];
   }
 
-  // Calls body(begin, end, parameters) for the part of each group in [begin, end).
+  // Calls body(first column, q, parameters, begin, end) for the part of each group in [begin, end).
   template <typename Body>
   void ForGroups(int64_t begin, int64_t end, Body&& body) const {
     while (begin < end) {
       const int64_t group = (begin + task_.group_offset) / task_.group_size;
       const int64_t next = Smaller<int64_t>(end, (group + 1) * task_.group_size - task_.group_offset);
+      const std::byte* stored = groups_ + group * task_.group_bytes;
+      const auto* scales = reinterpret_cast<const uint16_t*>(stored);
+      const auto* zeros = reinterpret_cast<const U8*>(scales + kPanelColumns);
       GroupParameters parameters;
       for (int v = 0; v < 2; ++v) {
-        const int64_t at = group * kPanelColumns + v * 16;
-        parameters.scale[v] = LoadF16(scales_ + at);
-        parameters.shift[v] = Negate(Mul(Load(zeros_ + at), parameters.scale[v]));
+        parameters.scale[v] = LoadF16(scales + v * 16);
+        parameters.shift[v] = Negate(Mul(Load(zeros + v * 16), parameters.scale[v]));
       }
-      body(begin, next, parameters);
+      body(GroupBegin(group, task_.group_size, task_.group_offset),
+           reinterpret_cast<const Q*>(stored + kGroupHeaderBytes), parameters, begin, next);
       begin = next;
     }
   }
 
   const MatMulTask& task_;
-  const Q* q_;
-  const uint16_t* scales_;
-  const U8* zeros_;
+  const std::byte* groups_;
 };
 
 // Steps [begin, end) of all tiles: sums [row_count, 32] from 0.

@@ -5,9 +5,6 @@
 
 namespace rankwise::kernels::RW_ISA {
 
-// Bytes ahead of the loads of a panel that comes from memory: two pages' worth of a core's outstanding misses.
-inline constexpr int kPrefetchBytes = 2048;
-
 inline int32_t TileBegin(const MatMulTask& task, int32_t tile) {
   return static_cast<int32_t>(int64_t{task.row_count} * tile / task.tile_count);
 }
