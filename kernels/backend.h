@@ -189,6 +189,8 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual std::string Description() const = 0;  // "cpu avx512, 2 threads"
+  // Rows of one step beyond which a row becomes no cheaper: more would only delay everyone's next token.
+  virtual int32_t step_rows() const { return 512; }
 
   // Device memory for `count` f32, aligned to 64 bytes, zeroed; freed by the deleter. Taken at start, never in a step.
   using Floats = std::unique_ptr<float[], void (*)(float*)>;

@@ -34,7 +34,7 @@ have in memory. The cache is zeroed at the start, so all of its blocks are touch
   KV planned, reported, grown   by arithmetic; as the rank counts it; and how much more anonymous memory it has than a
                                 rank whose cache is a single block
   all planned                   the whole plan but the embedding, which is a mapped file
-  anonymous, shared             what that is in fact, after a prompt of 512 tokens: private memory, and MPI's shared one
+  anonymous, shared             what that is in fact, after a prompt of 128 tokens: private memory, and MPI's shared one
   mapped                        mapped files, shared by the ranks of a host and given up under pressure: the checkpoint's
                                 pages that were read, and code
 int8 formats run with made-up scales: memory does not depend on them. Fails when a cache is off its plan by more than 1 %

@@ -5,6 +5,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/isa_kernels.h"
 #include "worker/weights/model_config.h"
 
 // How much memory a rank takes, before it takes it. Pure arithmetic; what it adds up is what Decoder, CpuBackend and
@@ -18,8 +19,8 @@ struct MemoryOptions {
   kernels::DType weight_dtype = kernels::DType::kF16;
   int64_t batch = 8;               // --max-running, all of them at their full length
   int64_t sequence_tokens = 2048;  // --max-tokens
-  int64_t step_rows = 512;         // --max-step-rows; a batch above it raises it
-  int threads = 1;                 // of one rank
+  int64_t step_rows = kernels::kCpuStepRows;  // --max-step-rows; a batch above it raises it
+  int threads = 1;                            // of one rank
 };
 
 // What is added to weights and KV instead of our own activations, buffers and process.

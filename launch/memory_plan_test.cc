@@ -177,7 +177,7 @@ TEST(MemoryPlanTest, IsWhatARankAllocates) {
     ASSERT_TRUE(rank.ok()) << rank.status();
     StepPlan step{.kind = StepKind::kRun,
                   .cleared_slots = {0},
-                  .segments = {{.logits = LogitsNeed::kLast, .tokens = std::vector<int32_t>(512, 7)}}};
+                  .segments = {{.logits = LogitsNeed::kLast, .tokens = std::vector<int32_t>(kernels::kCpuStepRows, 7)}}};
     for (int b = 0; b < 32; ++b) step.segments[0].new_blocks.push_back(b);
     ASSERT_EQ(rank->executor->Execute(step, [](auto...) { return absl::OkStatus(); }), absl::OkStatus());
     const int64_t taken = HeapBytes() - before;
@@ -187,7 +187,7 @@ TEST(MemoryPlanTest, IsWhatARankAllocates) {
     const auto plan = PlanMemory(rank->checkpoint->config(), same, 0);
     ASSERT_TRUE(plan.ok()) << plan.status();
     EXPECT_EQ(rank->decoder->kv_pool().bytes(), plan->kv);
-    const int64_t all_reduce_bytes = int64_t{512} * 768 * 4;  // one rank alone has nothing to receive
+    const int64_t all_reduce_bytes = int64_t{kernels::kCpuStepRows} * 768 * 4;  // one rank alone has nothing to receive
     const int64_t planned = plan->weights + plan->kv + plan->activations + plan->communication - all_reduce_bytes;
     EXPECT_NEAR(static_cast<double>(taken) / kMib, static_cast<double>(planned) / kMib, 0.1)
         << "head_dim " << head_dim << ", kv " << kv;

@@ -21,7 +21,7 @@ MODEL is a model folder, a config.json, or a shape: tiny, tinyllama-1.1b, llama-
   weights      matrices as packed (its 1/N), norms and biases; f16, bf16 or f32 as in the folder or its configuration
   embedding    the table, read where the checkpoint is mapped: ranks of one host share its pages
   KV           `--batch` sequences of `--seq` tokens, in whole blocks
-  activations  buffers of the largest step (512 rows, or the batch), scratch of the threads, RoPE angles
+  activations  buffers of the largest step (128 rows, or the batch), scratch of the threads, RoPE angles
   comm         all-reduce scratch, and on rank 0 the logits of all ranks
   process      gRPC, MPI and stacks, 5 MiB as measured, and on rank 0 the scheduler's ledger of blocks; code is a mapped
                file like any other and not counted

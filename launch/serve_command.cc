@@ -199,7 +199,11 @@ void AddServe(CLI::App& app, Action& action) {
   const CLI::Range positive(1, 1 << 30);
   command->add_option("--max-live", flags->max_live, "Requests held at once; more are refused")->check(positive);
   command->add_option("--max-running", flags->max_running, "Sequences in one step")->check(positive);
-  command->add_option("--max-step-rows", flags->max_step_rows, "Tokens in one step")->check(positive);
+  command
+      ->add_option("--max-step-rows", flags->max_step_rows,
+                   "Tokens in one step, 128 on the CPU, else 512, or --max-running: fewer keep everyone's next token "
+                   "near while prompts are read")
+      ->check(positive);
   command->add_option("--max-chunk-rows", flags->max_chunk_rows, "Prompt tokens of one request in one step")
       ->check(positive);
   command->add_option("--max-tokens", flags->max_tokens, "Prompt and generated tokens of one request")->check(positive);

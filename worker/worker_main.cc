@@ -87,7 +87,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--max-tokens", flags.rank.max_tokens, "Prompt + generated tokens of one sequence")
       ->default_str("the model's context, at most 16384");
   app.add_option("--max-running", flags.rank.max_running, "Sequences in one step")->capture_default_str();
-  app.add_option("--max-step-rows", flags.rank.max_step_rows, "Token rows in one step")->capture_default_str();
+  app.add_option("--max-step-rows", flags.rank.max_step_rows, "Token rows in one step")
+      ->default_str("128 on the CPU, else 512, or --max-running");
   app.add_option("--max-chunk-rows", flags.rank.max_chunk_rows, "Prompt rows of one sequence in one step")
       ->capture_default_str();
   app.add_option("--max-waiting", flags.rank.max_waiting, "Sequences that may wait for room")->capture_default_str();

@@ -30,6 +30,7 @@ class CpuBackend : public Backend {
   CpuBackend(const CpuKernels& kernels, const CpuOptions& options, int threads);
 
   std::string Description() const override;
+  int32_t step_rows() const override { return kCpuStepRows; }
   absl::StatusOr<Floats> Allocate(int64_t count) override;
   absl::Status CopyToHost(const float* device, std::span<float> host) override;
   absl::Status CopyToDevice(std::span<const float> host, float* device) override;

@@ -76,16 +76,18 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const kernels::Back
     return absl::InvalidArgumentError(
         absl::StrCat("max_tokens=", options.max_tokens, " exceeds the model's context of ", longest));
   }
-  if (options.max_tokens < 0 || options.max_running < 1 || options.max_step_rows < options.max_running ||
+  const int32_t step_rows =
+      options.max_step_rows != 0 ? options.max_step_rows : std::max(backend.step_rows(), options.max_running);
+  if (options.max_tokens < 0 || options.max_running < 1 || step_rows < options.max_running ||
       options.max_chunk_rows < 1 || options.max_drafts < 0) {
     return absl::InvalidArgumentError(absl::StrCat(
         "max_tokens=", options.max_tokens, ", max_running=", options.max_running, ", max_step_rows=",
-        options.max_step_rows, ", max_chunk_rows=", options.max_chunk_rows, ", max_drafts=", options.max_drafts,
+        step_rows, ", max_chunk_rows=", options.max_chunk_rows, ", max_drafts=", options.max_drafts,
         ": all must be positive, but drafts may be 0, and max_step_rows at least max_running"));
   }
   RW_RETURN_IF_ERROR(prepared.checkpoint->Verify(prepared.plan));
   model::DecoderOptions& decoder = prepared.decoder;
-  decoder.max_rows = options.max_step_rows;
+  decoder.max_rows = step_rows;
   decoder.max_positions =
       options.max_tokens > 0 ? options.max_tokens : std::min<int64_t>(config.max_position, kDefaultMaxTokens);
   decoder.kv_format = kv.format;
@@ -163,17 +165,18 @@ absl::StatusOr<Rank> LoadRank(const RankOptions& options, kernels::Backend& back
   RW_RETURN_IF_ERROR(AgreeOnNumbers(rank, communicator, timeout));
 
   const auto max_positions = static_cast<int32_t>(prepared->decoder.max_positions);
+  const auto step_rows = static_cast<int32_t>(prepared->decoder.max_rows);
   rank.executor = std::make_unique<Executor>(
       *rank.decoder, StepLimits{.slot_count = options.max_running,
                                 .block_count = prepared->decoder.block_count,
-                                .max_rows = options.max_step_rows,
+                                .max_rows = step_rows,
                                 .max_positions = max_positions,
                                 .vocab_size = static_cast<int32_t>(rank.checkpoint->config().vocab_size)});
   rank.scheduler_options = {.block_count = prepared->decoder.block_count,
                             .block_tokens = kernels::kKvBlockTokens,
                             .slot_count = options.max_running,
-                            .max_step_rows = options.max_step_rows,
-                            .max_chunk_rows = std::min(options.max_chunk_rows, options.max_step_rows),
+                            .max_step_rows = step_rows,
+                            .max_chunk_rows = std::min(options.max_chunk_rows, step_rows),
                             .max_positions = max_positions,
                             .max_waiting = options.max_waiting,
                             .has_prefix_cache = options.has_prefix_cache,

@@ -24,7 +24,7 @@ struct RankOptions {
   // context, but only when it is asked for here.
   int32_t max_tokens = 0;
   int32_t max_running = 64;
-  int32_t max_step_rows = 512;
+  int32_t max_step_rows = 0;  // 0: Backend::step_rows, or max_running
   int32_t max_chunk_rows = 512;
   int32_t max_waiting = 1024;
   bool has_prefix_cache = true;
