@@ -190,8 +190,8 @@ inline constexpr int kDotChains = 12;
 
 // bf16 weights times activations rounded to bf16 (Activations::kBF16): the fma chains of IsaKernels with denormals
 // taken for zeros, within the bound of matmul_kernel.h and 2^-126 for each column. In pairs, a word of weights or of x
-// holds two columns of one chunk, the earlier in its upper half; behind an odd last one, -0 of weights and 0 of x, which
-// change no sum. A panel is then [steps, 32] words.
+// holds two columns of one chunk, the earlier in its upper half; behind an odd last one, -0 of weights and 0 of x,
+// which change no sum. A panel is then [steps, 32] words.
 struct BFloat16Kernels {
   const char* name;
   bool is_in_pairs;
