@@ -30,9 +30,11 @@ class EngineBench {
       : flags_(flags), rank_(rank), device_(device), communicator_(communicator), config_(rank.decoder->config()) {}
 
   absl::Status Run(kernels::MachineLimits limits) {
-    RW_ASSIGN_OR_RETURN(read_limit_, SumOverRanks(limits.read_bytes_per_second, device_, communicator_));
-    RW_ASSIGN_OR_RETURN(fma_limit_, SumOverRanks(limits.fma_flops_per_second, device_, communicator_));
-    RW_ASSIGN_OR_RETURN(int8_limit_, SumOverRanks(limits.int8_ops_per_second, device_, communicator_));
+    for (double* limit : {&limits.read_bytes_per_second, &limits.fma_flops_per_second, &limits.int8_ops_per_second,
+                          &limits.bf16_flops_per_second}) {
+      RW_ASSIGN_OR_RETURN(*limit, SumOverRanks(*limit, device_, communicator_));
+    }
+    limits_ = limits;
     if (flags_.prompt > 0) RW_RETURN_IF_ERROR(Prefill());
     for (const int batch : flags_.batches) RW_RETURN_IF_ERROR(Decode(batch));
     return absl::OkStatus();
@@ -41,14 +43,14 @@ class EngineBench {
   // What Run has measured, for a person and for a record.
   std::string Text() const {
     std::string text = absl::StrFormat("limits measured in this run, all ranks: %.1f GB/s %s, %.1f GFLOP/s %s",
-                                       read_limit_ / 1e9, device_.gpu < 0 ? "read" : "copied", fma_limit_ / 1e9,
-                                       device_.gpu < 0 ? "f32 fma" : "bf16 matmul");
-    if (has_integers_) {
-      absl::StrAppendFormat(&text, ", %.1f GOP/s int8, in which the layers' matrices are multiplied",
-                            int8_limit_ / 1e9);
+                                       limits_.read_bytes_per_second / 1e9, device_.gpu < 0 ? "read" : "copied",
+                                       limits_.fma_flops_per_second / 1e9, device_.gpu < 0 ? "f32 fma" : "bf16 matmul");
+    if (activations_ != kernels::Activations::kFloat) {
+      absl::StrAppendFormat(&text, ", %.1f %s %s, in which the layers' matrices are multiplied",
+                            limits_.ops_per_second(activations_) / 1e9, unit_, kernels::ActivationsName(activations_));
     }
     absl::StrAppendFormat(&text, "\n\n%-28s %10s %10s %8s %9s %9s %9s\n", "work", "tokens/s", "ms", "GB/s", "of limit",
-                          has_integers_ ? "GOP/s" : "GFLOP/s", "of limit");
+                          unit_, "of limit");
     for (const Measurement& m : measurements_) {
       absl::StrAppendFormat(&text, "%-28s %10.2f %10.2f %8.2f %8.0f%% %9.1f %8.0f%%\n", m.work, m.tokens_per_second,
                             m.milliseconds, m.bytes_per_second / 1e9, 100 * m.read_fraction, m.flops_per_second / 1e9,
@@ -58,9 +60,13 @@ class EngineBench {
   }
 
   std::vector<Figure> Figures() const {
-    std::vector<Figure> figures = {{"limit of reads", "GB/s", read_limit_ / 1e9, Better::kNeither},
-                                   {"limit of arithmetic", "GFLOP/s", fma_limit_ / 1e9, Better::kNeither}};
-    if (has_integers_) figures.push_back({"limit of int8 arithmetic", "GOP/s", int8_limit_ / 1e9, Better::kNeither});
+    std::vector<Figure> figures = {
+        {"limit of reads", "GB/s", limits_.read_bytes_per_second / 1e9, Better::kNeither},
+        {"limit of arithmetic", "GFLOP/s", limits_.fma_flops_per_second / 1e9, Better::kNeither}};
+    if (activations_ != kernels::Activations::kFloat) {
+      figures.push_back({absl::StrCat("limit of ", kernels::ActivationsName(activations_), " arithmetic"), unit_,
+                         limits_.ops_per_second(activations_) / 1e9, Better::kNeither});
+    }
     for (const Measurement& m : measurements_) {
       figures.push_back({m.work, "tokens/s", m.tokens_per_second, Better::kHigher});
       figures.push_back({m.work, "ms", m.milliseconds, Better::kLower});
@@ -118,11 +124,11 @@ class EngineBench {
       if (i > 0) seconds.push_back(SecondsNow() - begin);
     }
     const int64_t rows = flags_.prompt;
-    return Add(
-        absl::StrCat("prefill ", rows), rows, Median(seconds),
-        {.bytes = rank_.decoder->weight_bytes(),
-         .layer_multiply_adds = rows * rank_.decoder->multiply_adds(),
-         .other_multiply_adds = rank_.decoder->output_multiply_adds() + AttentionMultiplyAdds(rows * (rows + 1) / 2)});
+    return Add(absl::StrCat("prefill ", rows), rows, Median(seconds),
+               {.bytes = rank_.decoder->weight_bytes(),
+                .layer_multiply_adds = rows * rank_.decoder->multiply_adds(),
+                .output_multiply_adds = rank_.decoder->output_multiply_adds(),
+                .attention_multiply_adds = AttentionMultiplyAdds(rows * (rows + 1) / 2)});
   }
 
   absl::Status Decode(int batch) {
@@ -137,29 +143,33 @@ class EngineBench {
       seconds.push_back(SecondsNow() - begin);
     }
     const int64_t positions = batch * (depth + flags_.steps / 2);
-    return Add(
-        absl::StrCat("decode batch ", batch, " depth ", depth), batch, Median(seconds),
-        {.bytes = rank_.decoder->weight_bytes() + KvBytes(positions),
-         .layer_multiply_adds = batch * rank_.decoder->multiply_adds(),
-         .other_multiply_adds = batch * rank_.decoder->output_multiply_adds() + AttentionMultiplyAdds(positions)});
+    return Add(absl::StrCat("decode batch ", batch, " depth ", depth), batch, Median(seconds),
+               {.bytes = rank_.decoder->weight_bytes() + KvBytes(positions),
+                .layer_multiply_adds = batch * rank_.decoder->multiply_adds(),
+                .output_multiply_adds = batch * rank_.decoder->output_multiply_adds(),
+                .attention_multiply_adds = AttentionMultiplyAdds(positions)});
   }
 
-  // Of this rank; those of the layers' matrices are of integers when activations are.
+  // Of this rank; those of matrices are in the arithmetic of their activations.
   struct Work {
-    int64_t bytes, layer_multiply_adds, other_multiply_adds;
+    int64_t bytes, layer_multiply_adds, output_multiply_adds, attention_multiply_adds;
   };
   absl::Status Add(const std::string& work, int64_t tokens, double seconds, const Work& own) {
     const auto sum = [&](int64_t value) { return SumOverRanks(static_cast<double>(value), device_, communicator_); };
     RW_ASSIGN_OR_RETURN(const double all_bytes, sum(own.bytes));
     RW_ASSIGN_OR_RETURN(const double layer_flops, sum(2 * own.layer_multiply_adds));
-    RW_ASSIGN_OR_RETURN(const double other_flops, sum(2 * own.other_multiply_adds));
-    const double least_seconds = layer_flops / (has_integers_ ? int8_limit_ : fma_limit_) + other_flops / fma_limit_;
+    RW_ASSIGN_OR_RETURN(const double output_flops, sum(2 * own.output_multiply_adds));
+    RW_ASSIGN_OR_RETURN(const double attention_flops, sum(2 * own.attention_multiply_adds));
+    const double least_seconds = layer_flops / limits_.ops_per_second(activations_) +
+                                 output_flops / limits_.ops_per_second(rank_.decoder->output_activations()) +
+                                 attention_flops / limits_.fma_flops_per_second;
+    const double flops = layer_flops + output_flops + attention_flops;
     measurements_.push_back({.work = work,
                              .tokens_per_second = tokens / seconds,
                              .milliseconds = 1e3 * seconds,
                              .bytes_per_second = all_bytes / seconds,
-                             .read_fraction = all_bytes / seconds / read_limit_,
-                             .flops_per_second = (layer_flops + other_flops) / seconds,
+                             .read_fraction = all_bytes / seconds / limits_.read_bytes_per_second,
+                             .flops_per_second = flops / seconds,
                              .compute_fraction = least_seconds / seconds});
     return absl::OkStatus();
   }
@@ -169,8 +179,9 @@ class EngineBench {
   const device::Device& device_;
   comm::Communicator& communicator_;
   const weights::ModelConfig& config_;
-  const bool has_integers_ = rank_.decoder->activations() == kernels::Activations::kInt8;
-  double read_limit_ = 0, fma_limit_ = 0, int8_limit_ = 0;
+  const kernels::Activations activations_ = rank_.decoder->activations();
+  const char* const unit_ = activations_ == kernels::Activations::kInt8 ? "GOP/s" : "GFLOP/s";
+  kernels::MachineLimits limits_;  // of all ranks
   std::vector<Measurement> measurements_;
 };
 

@@ -148,10 +148,10 @@ void PrintRow(const engine::Rank& other, const Comparison& sums, const kv::Measu
 }
 
 // The kind of device that `floats` is.
-absl::StatusOr<device::Device> OpenForIntegers(device::DeviceOptions options, const device::Device& floats,
-                                               comm::Communicator& host) {
+absl::StatusOr<device::Device> OpenFor(kernels::Activations activations, device::DeviceOptions options,
+                                       const device::Device& floats, comm::Communicator& host) {
   options.device = floats.gpu < 0 ? "cpu" : "cuda";
-  options.cpu.activations = kernels::Activations::kInt8;
+  options.cpu.activations = activations;
   return device::OpenDevice(options, host);
 }
 
@@ -170,13 +170,14 @@ absl::Status CompareKv(const Flags& flags, const device::Device& device, comm::C
                       engine::LoadRank(baseline_options, *device.backend, device.communicator(host)));
 
   bool is_first = true;
-  for (const std::string& activations : flags.activations) {
+  for (const std::string& name : flags.activations) {
     device::Device opened;
-    const bool has_integers = activations == kernels::ActivationsName(kernels::Activations::kInt8);
-    if (has_integers) {
-      RW_ASSIGN_OR_RETURN(opened, OpenForIntegers(flags.ranks.device, device, host));
+    const kernels::Activations activations = kernels::ActivationsByName().at(name);
+    const bool is_float = activations == kernels::Activations::kFloat;
+    if (!is_float) {
+      RW_ASSIGN_OR_RETURN(opened, OpenFor(activations, flags.ranks.device, device, host));
     }
-    const device::Device& own = has_integers ? opened : device;
+    const device::Device& own = is_float ? device : opened;
     comm::Communicator& communicator = own.communicator(host);
     for (const std::string& format : flags.kv_formats) {
       options.kv = format;
@@ -195,7 +196,7 @@ absl::Status CompareKv(const Flags& flags, const device::Device& device, comm::C
       if (is_first) PrintBaseline(flags, baseline_options, baseline, communicator.size(), sums);
       is_first = false;
       PrintRow(other, sums, loss);
-      if (flags.is_recorded && !other.kv_scales_id.empty() && !has_integers) {
+      if (flags.is_recorded && !other.kv_scales_id.empty() && is_float) {
         RW_RETURN_IF_ERROR(kv::RecordMeasurement(flags.ranks.rank.kv_scales_dir, other.kv_scales_id, loss));
       }
     }
@@ -256,7 +257,7 @@ int main(int argc, char** argv) {
       ->delimiter(',')
       ->default_str(kDefaultKvFormat);
   kv->add_option("--activations", flags.activations,
-                 "float, int8 or both: what quantised weights are multiplied with; the baseline's always with floats")
+                 "Some of float, int8, bf16: what weights are multiplied with; the baseline's always with floats")
       ->delimiter(',')
       ->check(CLI::IsMember(rankwise::kernels::ActivationsByName()))
       ->capture_default_str();

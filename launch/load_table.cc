@@ -15,15 +15,18 @@ using rankwise::v1::GroupLoad;
 
 std::string Mebibytes(uint64_t bytes) { return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / (1 << 20)); }
 
+std::string ActivationsWords(const GetModelInfoResponse& m) {
+  return m.activations().empty() || m.activations() == "float" ? "" : ", " + m.activations() + " activations";
+}
+
 std::string ModelLines(const GetModelInfoResponse& m) {
-  const std::string integers = m.activations() == "int8" ? ", int8 activations" : "";
   return absl::StrFormat("model    %s (%s, fingerprint %s)\n", m.model_name(), m.family(), m.fingerprint()) +
          absl::StrFormat("shape    %d layers, %d heads, %d KV heads of %d, hidden %d, intermediate %d, vocabulary %d\n",
                          m.n_layers(), m.n_heads(), m.n_kv_heads(), m.head_dim(), m.hidden_size(),
                          m.intermediate_size(), m.vocab_size()) +
          absl::StrFormat("serving  tp %d, kv %s%s%s, up to %d tokens a request, %s\n", m.tp(), m.kv_format(),
-                         m.kv_scales_id().empty() ? "" : " (scales " + m.kv_scales_id() + ")", integers, m.max_tokens(),
-                         m.backend());
+                         m.kv_scales_id().empty() ? "" : " (scales " + m.kv_scales_id() + ")", ActivationsWords(m),
+                         m.max_tokens(), m.backend());
 }
 
 std::string CacheLine(const GetModelInfoResponse& m, const GetLoadResponse& load) {

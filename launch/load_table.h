@@ -13,6 +13,8 @@ namespace rankwise::launch {
 // "1.5 MiB"
 std::string Mebibytes(uint64_t bytes);
 
+// ", int8 activations", or nothing for floats.
+std::string ActivationsWords(const rankwise::v1::GetModelInfoResponse& model);
 // Three lines: name, shape, what it serves.
 std::string ModelLines(const rankwise::v1::GetModelInfoResponse& model);
 // What the cache holds, and what it would take as f16; empty while there is none.

@@ -107,6 +107,8 @@ TEST(ModelLines, NameTheArithmetic) {
   EXPECT_THAT(ModelLines(model), HasSubstr("kv int8 (scales 27ba), up to"));
   model.set_activations("int8");
   EXPECT_THAT(ModelLines(model), HasSubstr("kv int8 (scales 27ba), int8 activations, up to"));
+  model.set_activations("bf16");
+  EXPECT_THAT(ModelLines(model), HasSubstr("kv int8 (scales 27ba), bf16 activations, up to"));
 }
 
 TEST(CacheLine, ComparesWithF16) {

@@ -15,6 +15,7 @@
 #include "launch/cluster_flags.h"
 #include "launch/commands.h"
 #include "launch/interrupt.h"
+#include "launch/load_table.h"
 #include "launch/local_cluster.h"
 #include "worker/kv/kv_choice.h"
 #include "worker/weights/workspace_layout.h"
@@ -121,8 +122,8 @@ void PrintReady(LocalCluster& cluster, const ClusterOptions& options) {
   const grpc::Status status = cluster.stub().GetModelInfo(&context, {}, &model);
   absl::PrintF("rankwise: serving %s at %s (tp %d, %d group%s, kv %s%s, %s)\n",
                status.ok() ? model.model_name() : options.model, cluster.endpoint(), options.tp, options.replicas,
-               options.replicas == 1 ? "" : "s", status.ok() ? model.kv_format() : "?",
-               model.activations() == "int8" ? ", int8 activations" : "", status.ok() ? model.backend() : "?");
+               options.replicas == 1 ? "" : "s", status.ok() ? model.kv_format() : "?", ActivationsWords(model),
+               status.ok() ? model.backend() : "?");
   if (options.has_tokens) {
     const std::string in_home = HomeTokenFileOf(cluster.endpoint());
     const bool is_there = access(in_home.c_str(), R_OK) == 0;

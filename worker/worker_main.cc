@@ -295,8 +295,9 @@ int Run(Flags& flags) {
                  absl::ToDoubleSeconds(absl::Now() - begin), device.backend->Description(), communicator.Description(),
                  rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
     if (rank.decoder->activations() != flags.device.cpu.activations) {
-      spdlog::warn("--activations {}: {} has no quantised weights and is computed in floats", flags.activations,
-                   flags.rank.model_dir);
+      spdlog::warn("--activations {}: {} has no {} weights and is computed in floats", flags.activations,
+                   flags.rank.model_dir,
+                   flags.device.cpu.activations == kernels::Activations::kInt8 ? "quantised" : "f16 or bf16");
     }
   }
   const std::function<std::string()> report = [&] { return OwnLoad(rank, host.TakeStepTimes()).SerializeAsString(); };

@@ -182,6 +182,7 @@ TEST(JoinTest, GroupsMustServeTheSame) {
       {"kv_format", [](auto& model) { model.set_kv_format("f16"); }},
       {"kv_scales_id", [](auto& model) { model.set_kv_scales_id("t"); }},
       {"activations", [](auto& model) { model.set_activations("int8"); }},
+      {"activations", [](auto& model) { model.set_activations("bf16"); }},
       {"device", [](auto& model) { model.set_backend("cuda GPU 0"); }},
       {"tp", [](auto& model) { model.set_tp(3); }},
       {"vocab_size", [](auto& model) { model.set_vocab_size(7); }},

@@ -179,10 +179,10 @@ int64_t Decoder::output_multiply_adds() const { return output_->n_in() * output_
 kernels::Activations Decoder::activations() const {
   for (const Layer& layer : layers_) {
     for (const auto* matrix : {layer.qkv.get(), layer.wo.get(), layer.gate_up.get(), layer.w2.get()}) {
-      if (matrix->activations() == kernels::Activations::kInt8) return kernels::Activations::kInt8;
+      if (matrix->activations() != kernels::Activations::kFloat) return matrix->activations();
     }
   }
-  return kernels::Activations::kFloat;
+  return output_->activations();
 }
 
 absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,

@@ -59,7 +59,8 @@ class Decoder {
   int64_t weight_bytes() const;   // packed matrices of this rank: what a decode step reads besides KV
   int64_t multiply_adds() const;  // per row, this rank, without attention and without the output matrix
   int64_t output_multiply_adds() const;
-  kernels::Activations activations() const;  // of the layers' matrices: kFloat unless they are quantised
+  kernels::Activations activations() const;  // of the layers' matrices: kFloat unless others are of such weights
+  kernels::Activations output_activations() const { return output_->activations(); }
 
  private:
   struct Layer {
