@@ -29,7 +29,15 @@ std::string NameOf(const Numbers& numbers) {
   std::string name = numbers.kv;
   std::erase(name, '-');
   if (numbers.bits > 0) absl::StrAppend(&name, "W", numbers.bits);
-  return numbers.activations == kernels::Activations::kInt8 ? name + "A8" : name;
+  switch (numbers.activations) {
+    case kernels::Activations::kFloat:
+      return name;
+    case kernels::Activations::kInt8:
+      return name + "A8";
+    case kernels::Activations::kBF16:
+      return name + "ABF16";
+  }
+  return name;
 }
 void PrintTo(const Numbers& numbers, std::ostream* out) { *out << NameOf(numbers); }
 
@@ -224,7 +232,9 @@ INSTANTIATE_TEST_SUITE_P(Numbers, InvarianceTest,
                          ::testing::Values(Numbers{"f32"}, Numbers{"f16"}, Numbers{"int8"}, Numbers{"int8-head"},
                                            Numbers{"int8-channel"}, Numbers{"int8-online"}, Numbers{"int4-online"},
                                            Numbers{"f16", 4, kernels::Activations::kInt8},
-                                           Numbers{"int8-head", 8, kernels::Activations::kInt8}),
+                                           Numbers{"int8-head", 8, kernels::Activations::kInt8},
+                                           Numbers{"f16", 0, kernels::Activations::kBF16},
+                                           Numbers{"int8-head", 0, kernels::Activations::kBF16}),
                          [](const auto& info) { return NameOf(info.param); });
 
 }  // namespace

@@ -177,6 +177,33 @@ TEST(Activations, OfEightBitsGiveTheSameTokensOnOneAndTwoRanksAndAreNamed) {
   EXPECT_EQ(sampled[0], sampled[1]);
 }
 
+TEST(Activations, OfBFloat16GiveTheSameTokensOnOneAndTwoRanksAndRefuseQuantisedWeights) {
+  std::vector<std::vector<int32_t>> sampled;
+  for (const int tp : {1, 2}) {
+    const auto cluster = Serve({.tp = tp, .kv = "f16", .worker_flags = {"--activations", "bf16"}});
+    ASSERT_TRUE(cluster.ok()) << cluster.status();
+    const Reply reply = Generate((*cluster)->stub(), Sampled(kPrompt, 64, 7));
+    ExpectWhole(reply);
+    sampled.push_back(reply.ids);
+    const auto status = RunProgram("rankwise", {"status", "--endpoint", (*cluster)->endpoint()});
+    ASSERT_TRUE(status.ok()) << status.status();
+    EXPECT_THAT(status->log, HasSubstr(absl::StrCat("tp ", tp, ", kv f16, bf16 activations, up to")));
+  }
+  EXPECT_THAT(sampled[0], Not(IsEmpty()));
+  EXPECT_EQ(sampled[0], sampled[1]);
+
+  const std::string quantized = ScratchFolder() + "/w4";
+  const auto made = RunProgram("rankwise", {"quantize", DemoModel(), quantized, "--bits", "4", "--group-size", "128"});
+  ASSERT_TRUE(made.ok()) << made.status();
+  ASSERT_TRUE(made->state.is_success()) << made->log;
+  const auto refused = RunProgram("rankwise", {"serve", quantized, "--activations", "bf16"});
+  ASSERT_TRUE(refused.ok()) << refused.status();
+  EXPECT_EQ(refused->state.code, 2);
+  EXPECT_THAT(refused->log, HasSubstr("cannot serve " + quantized));
+  EXPECT_THAT(refused->log, HasSubstr("activations bf16 are of f16 and bf16 weights, but these are int4: choose float "
+                                      "or int8"));
+}
+
 class Requests : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
