@@ -13,9 +13,15 @@ namespace rankwise::kernels::RW_ISA {
 // Order    a lane is an output column, so neither the instruction set nor the number of rows can change it; cutting a
 //          chunk into blocks stores and reloads the accumulators, which changes nothing either
 
+// What each step of a tile fetches, for later tiles or steps.
+struct Ahead {
+  const char* begin;
+  int64_t bytes_per_step;
+};
+
 // k_count more steps of R rows and 16 V columns. Continues from `sums` [R, 32] when `continues`, else from 0.
 template <typename Vector, typename W, int R, int V>
-inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues, float* sums) {
+inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues, Ahead ahead, float* sums) {
   using Word = Words<Vector>;
   Vector acc[R][V];
 #pragma GCC unroll 16
@@ -25,6 +31,9 @@ inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues,
   }
   for (int64_t k = 0; k < k_count; ++k) {
     const W* row = w + k * kPanelColumns;
+#pragma GCC unroll 2
+    for (size_t line = 0; line < sizeof(W) * V * 16; line += 64) _mm_prefetch(ahead.begin + line, _MM_HINT_T0);
+    ahead.begin += ahead.bytes_per_step;
     decltype(LoadAs<Vector>(row)) weights[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) weights[v] = LoadAs<Vector>(row + v * 16);
@@ -43,38 +52,45 @@ inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues,
 }
 
 template <typename W, int R>
-void PanelTile(const W* w, const float* x, int64_t k_count, bool continues, float* sums) {
+void PanelTile(const W* w, const float* x, int64_t k_count, bool continues, Ahead ahead, float* sums) {
   if constexpr (sizeof(W) == 2 && R <= kPairTileRows) {
-    FmaTile<Pair, W, R, 2>(w, x, k_count, continues, sums);
+    FmaTile<Pair, W, R, 2>(w, x, k_count, continues, ahead, sums);
   } else if constexpr (2 * R <= kAccumulators) {
-    FmaTile<Vec, W, R, 2>(w, x, k_count, continues, sums);
+    FmaTile<Vec, W, R, 2>(w, x, k_count, continues, ahead, sums);
   } else {
-    FmaTile<Vec, W, R, 1>(w, x, k_count, continues, sums);
-    FmaTile<Vec, W, R, 1>(w + 16, x, k_count, continues, sums + 16);
+    FmaTile<Vec, W, R, 1>(w, x, k_count, continues, ahead, sums);
+    FmaTile<Vec, W, R, 1>(w + 16, x, k_count, continues, ahead, sums + 16);
   }
 }
 
 inline constexpr int kTileRows = kAccumulators >= 24 ? 12 : 6;
 
 template <typename W>
-inline void MultiplyTile(int rows, const W* w, const float* x, int64_t k_count, bool continues, float* sums) {
-  static constexpr void (*kTiles[])(const W*, const float*, int64_t, bool, float*) = {PanelTile<W, 1>,
-                                                                                      PanelTile<W, 2>,
-                                                                                      PanelTile<W, 3>,
-                                                                                      PanelTile<W, 4>,
-                                                                                      PanelTile<W, 5>,
-                                                                                      PanelTile<W, 6>
+inline void MultiplyTile(int rows, const W* w, const float* x, int64_t k_count, bool continues, Ahead ahead,
+                         float* sums) {
+  static constexpr void (*kTiles[])(const W*, const float*, int64_t, bool, Ahead, float*) = {PanelTile<W, 1>,
+                                                                                             PanelTile<W, 2>,
+                                                                                             PanelTile<W, 3>,
+                                                                                             PanelTile<W, 4>,
+                                                                                             PanelTile<W, 5>,
+                                                                                             PanelTile<W, 6>
 #ifdef __AVX512F__
-                                                                                      ,
-                                                                                      PanelTile<W, 7>,
-                                                                                      PanelTile<W, 8>,
-                                                                                      PanelTile<W, 9>,
-                                                                                      PanelTile<W, 10>,
-                                                                                      PanelTile<W, 11>,
-                                                                                      PanelTile<W, 12>
+                                                                                             ,
+                                                                                             PanelTile<W, 7>,
+                                                                                             PanelTile<W, 8>,
+                                                                                             PanelTile<W, 9>,
+                                                                                             PanelTile<W, 10>,
+                                                                                             PanelTile<W, 11>,
+                                                                                             PanelTile<W, 12>
 #endif
   };
-  kTiles[rows - 1](w, x, k_count, continues, sums);
+  kTiles[rows - 1](w, x, k_count, continues, ahead, sums);
+}
+
+// All steps of a panel that one tile reads, from 0: the hardware's own prefetch does best.
+template <typename W>
+inline void MultiplyOnce(int rows, const W* w, const float* x, int64_t k_count, float* sums) {
+  MultiplyTile(rows, w, x, k_count, false, {reinterpret_cast<const char*>(w), 0}, sums);
 }
 
 // One panel of weights as they are: [n_in, 32].
@@ -85,7 +101,7 @@ class PlainPanel {
       : w_(reinterpret_cast<const W*>(task.weights + panel * task.panel_bytes)) {}
   // sums [rows, 32] = x [end - begin, rows] times input columns [begin, end), from 0.
   void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
-    MultiplyTile(rows, w_ + begin * kPanelColumns, x, end - begin, false, sums);
+    MultiplyOnce(rows, w_ + begin * kPanelColumns, x, end - begin, sums);
   }
   // [end - begin, 32] as all tiles read them: f32, in `widened`.
   const float* Block(int64_t begin, int64_t end, float* widened) const {
@@ -93,6 +109,8 @@ class PlainPanel {
     for (int64_t i = 0; i < (end - begin) * kPanelColumns; i += 16) Store(widened + i, Load(w + i));
     return widened;
   }
+  // Where what belongs to input column k lies in memory.
+  const char* At(int64_t k) const { return reinterpret_cast<const char*>(w_ + k * kPanelColumns); }
 
  private:
   const W* w_;
@@ -207,6 +225,13 @@ class GroupedPanel {
     });
     return widened;
   }
+  const char* At(int64_t k) const {
+    const int64_t group = (k + task_.group_offset) / task_.group_size;
+    const int64_t column = k - GroupBegin(group, task_.group_size, task_.group_offset);
+    constexpr int kBits = std::is_same_v<Q, FourBits> ? 4 : 8;
+    return reinterpret_cast<const char*>(groups_) + group * task_.group_bytes + kGroupHeaderBytes +
+           column * kBits * kPanelColumns / 8;
+  }
 
  private:
   using Tile = void (*)(const Q*, const GroupParameters&, const float*, int64_t, int64_t, bool, float*);
@@ -278,7 +303,11 @@ void SumChunk(const MatMulTask& task, const Panel& panel, int64_t begin, int64_t
     for (int32_t t = 0; t < task.tile_count; ++t) {
       const int32_t row = TileBegin(task, t), rows = TileBegin(task, t + 1) - row;
       const float* x = task.x + row * task.steps[task.chunk_count] + k * rows;
-      MultiplyTile(rows, weights, x, depth, k > begin, sums + row * kPanelColumns);
+      // Each tile fetches its share of the next block.
+      const char* next = panel.At(k + depth);
+      const int64_t next_bytes = panel.At(k + 2 * depth) - next;
+      const Ahead ahead = {next + next_bytes * t / task.tile_count, next_bytes / depth / task.tile_count};
+      MultiplyTile(rows, weights, x, depth, k > begin, ahead, sums + row * kPanelColumns);
     }
   }
 }

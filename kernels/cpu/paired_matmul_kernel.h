@@ -30,9 +30,10 @@ class PairedPanel {
   PairedPanel(const MatMulTask& task, int64_t panel)
       : w_(reinterpret_cast<const BF16Pair*>(task.weights + panel * task.panel_bytes)) {}
   void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
-    MultiplyTile(rows, w_ + begin * kPanelColumns, x, end - begin, false, sums);
+    MultiplyOnce(rows, w_ + begin * kPanelColumns, x, end - begin, sums);
   }
   const BF16Pair* Block(int64_t begin, int64_t, float*) const { return w_ + begin * kPanelColumns; }
+  const char* At(int64_t step) const { return reinterpret_cast<const char*>(w_ + step * kPanelColumns); }
 
  private:
   const BF16Pair* w_;
