@@ -62,10 +62,17 @@ inline const T* ValuesOf(const AttentionTile& tile, int32_t block) {
   return reinterpret_cast<const T*>(tile.blocks + tile.block_table[block] * tile.block_bytes + tile.v_offset);
 }
 
+// Blocks whose K and V are fetched into the second cache while others are multiplied, a line with every other dim: all
+// at once they would only wait in a queue.
+struct BlocksAhead {
+  const char* const* blocks;
+  int64_t bytes_per_dim;
+};
+
 // q · k of M vectors and B blocks. q [head_dim, M]; scores of vector m and block b at scores + m * kScoreStride + b
 // * 16.
 template <typename T, int M, int B>
-inline void Score(const T* const* keys, const float* q, int32_t head_dim, float* scores) {
+inline void Score(const T* const* keys, const BlocksAhead& ahead, const float* q, int32_t head_dim, float* scores) {
   Vec acc[M][B];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -75,7 +82,10 @@ inline void Score(const T* const* keys, const float* q, int32_t head_dim, float*
   for (int32_t d = 0; d < head_dim; ++d) {
     Vec k[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) k[b] = Load(At(keys[b], d * kKvBlockTokens));
+    for (int b = 0; b < B; ++b) {
+      k[b] = Load(At(keys[b], d * kKvBlockTokens));
+      if (d % 2 == 0) _mm_prefetch(ahead.blocks[b] + d * ahead.bytes_per_dim, _MM_HINT_T1);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Vec broadcast = Set(q[d * M + m]);
@@ -92,11 +102,14 @@ inline void Score(const T* const* keys, const float* q, int32_t head_dim, float*
 
 // M vectors and up to four consecutive blocks. Few vectors take several blocks at once to keep enough chains in flight.
 template <typename T, int M>
-void ScoreBlocks(const T* const* keys, int32_t count, const float* q, int32_t head_dim, float* scores) {
+void ScoreBlocks(const T* const* keys, int32_t count, BlocksAhead ahead, const float* q, int32_t head_dim,
+                 float* scores) {
   constexpr int kBlocks = Smaller(4, Larger(1, kSums / M));
   int32_t b = 0;
-  for (; b + kBlocks <= count; b += kBlocks) Score<T, M, kBlocks>(keys + b, q, head_dim, scores + b * kKvBlockTokens);
-  for (; b < count; ++b) Score<T, M, 1>(keys + b, q, head_dim, scores + b * kKvBlockTokens);
+  for (; b + kBlocks <= count; b += kBlocks, ahead.blocks += kBlocks) {
+    Score<T, M, kBlocks>(keys + b, ahead, q, head_dim, scores + b * kKvBlockTokens);
+  }
+  for (; b < count; ++b, ++ahead.blocks) Score<T, M, 1>(keys + b, ahead, q, head_dim, scores + b * kKvBlockTokens);
 }
 
 // values [M, 16 D] += Σ_t p[m][t] v[t] for positions in `range`; p of position t at weights[m * kScoreStride + t -
@@ -198,13 +211,19 @@ void TransposeQueries(const Split& split, float* q) {
 template <typename T>
 void ScoreSplit(const Split& split, Range positions, const float* q) {
   const int32_t block_end = (positions.end - 1) / kKvBlockTokens + 1;
+  const int32_t last = (split.tile.first_position + split.tile.row_count - 1) / kKvBlockTokens;
   for (int32_t block = positions.begin / kKvBlockTokens; block < block_end; block += 4) {
     const int32_t count = Smaller(4, block_end - block);
     const T* keys[4];
-    for (int32_t b = 0; b < count; ++b) keys[b] = KeysOf<T>(split.tile, block + b);
+    const char* next[4];
+    for (int32_t b = 0; b < count; ++b) {
+      keys[b] = KeysOf<T>(split.tile, block + b);
+      next[b] = reinterpret_cast<const char*>(KeysOf<T>(split.tile, Smaller(block + b + 4, last)));
+    }
+    const BlocksAhead ahead = {next, split.tile.block_bytes / split.task.head_dim};
     ForRuns(split.vectors, [&](int32_t first, auto run) {
       ScoreBlocks<T, run.kCount>(
-          keys, count, q + int64_t{first} * split.task.head_dim, split.task.head_dim,
+          keys, count, ahead, q + int64_t{first} * split.task.head_dim, split.task.head_dim,
           split.scores + int64_t{first} * kScoreStride + block * kKvBlockTokens - split.origin());
     });
   }
