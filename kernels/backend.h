@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/draw_weights.h"
 
 // The math of one rank on one device. Activations are f32 [rows, width], row-major, in memory of the backend; a row is
 // one token position of one request in a step.
@@ -244,6 +245,11 @@ class Backend {
 
   // out [picked.size(), width] = x[picked[i]]. Later ops on `out` pass its row count themselves (MatMul).
   virtual absl::Status PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) = 0;
+
+  // ids[i] = the token that rules[i] draws from row i of logits [rules.size(), vocab_size]: TokenDraw's
+  // (kernels/token_draw.h), on every backend. Waits for them.
+  virtual absl::Status Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                            int32_t vocab_size) = 0;
 };
 
 struct CpuOptions {

@@ -16,6 +16,10 @@ namespace {
 constexpr char kBench[] = "engine";
 
 absl::Status Ignore(int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }
+// As in serving, where logits stay where they are.
+const engine::Executor::TokenSink kGreedy = {
+    .rule_of = [](int32_t, int32_t) { return kernels::DrawRule{.temperature = 0}; },
+    .take = [](int32_t, int32_t, int32_t) { return absl::OkStatus(); }};
 
 // One row of the table: work done by all ranks, against the sum of the ranks' limits.
 struct Measurement {
@@ -100,7 +104,7 @@ class EngineBench {
       if (position == 0) plan.cleared_slots = {slot};
       const int count = std::min(step_rows, tokens - position);
       AddSegment(plan, slot, position, count, position + count == tokens ? LogitsNeed::kLast : LogitsNeed::kNone);
-      RW_RETURN_IF_ERROR(rank_.executor->Execute(plan, Ignore));
+      RW_RETURN_IF_ERROR(rank_.executor->Execute(plan, Ignore, kGreedy));
     }
     return absl::OkStatus();
   }
@@ -139,7 +143,7 @@ class EngineBench {
       StepPlan plan{.kind = StepKind::kRun};
       for (int slot = 0; slot < batch; ++slot) AddSegment(plan, slot, depth + step, 1, LogitsNeed::kLast);
       const double begin = SecondsNow();
-      RW_RETURN_IF_ERROR(rank_.executor->Execute(plan, Ignore));
+      RW_RETURN_IF_ERROR(rank_.executor->Execute(plan, Ignore, kGreedy));
       seconds.push_back(SecondsNow() - begin);
     }
     const int64_t positions = batch * (depth + flags_.steps / 2);

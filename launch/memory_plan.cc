@@ -24,6 +24,8 @@ constexpr double kBytesMost = 1e18;
 // and 4.
 constexpr int64_t kProcessBytes = int64_t{5} << 20;
 
+constexpr int64_t kDrawFloats = 2;  // of TokenDraw, for each token: a weight of 64 bits
+
 struct Widths {
   int64_t hidden, heads, qkv, intermediate, vocab_local;
 };
@@ -65,20 +67,22 @@ int64_t ActivationBytes(const ModelConfig& config, const Widths& w, const shard:
                         const MemoryOptions& options) {
   const int64_t rows = std::max(options.step_rows, options.batch);
   const int64_t step = rows * (3 * w.hidden + w.qkv + w.heads + 3 * w.intermediate);
-  const int64_t logits = kLogitRows * (w.hidden + 2 * w.vocab_local);
+  const bool is_alone = options.tp == 1;  // draws where the logits are, and sends none
+  const int64_t logits = kLogitRows * (w.hidden + (is_alone ? 1 : 2) * w.vocab_local);
   const int64_t angles = options.sequence_tokens * config.rope.rotary_dim;
   const int64_t tiled_rows = kernels::kMatMulRowBlock * std::max({w.hidden, w.heads, w.intermediate});
   const int64_t group = plan.heads.count() / plan.kv_heads.count();
   const int64_t vectors = std::max<int64_t>(1, kernels::kTileVectors / group) * group;
   const int64_t padded_dim = (config.head_dim + 15) / 16 * 16;
   const int64_t each_thread = kernels::kMatMulScratch + 2 * kernels::AttentionStateFloats(vectors, padded_dim) +
-                              kernels::AttentionScratchFloats(vectors, padded_dim);
+                              kernels::AttentionScratchFloats(vectors, padded_dim) +
+                              (is_alone ? kDrawFloats * config.vocab_size : 0);
   return kFloatBytes * (step + logits + angles + tiled_rows + options.threads * each_thread);
 }
 
 int64_t CommunicationBytes(const ModelConfig& config, const MemoryOptions& options, int rank) {
   int64_t floats = std::max(options.step_rows, options.batch) * config.hidden_size;
-  if (rank == 0) floats += (options.tp > 1 ? kLogitRows * config.vocab_size : 0) + config.vocab_size;
+  if (rank == 0) floats += (options.tp > 1 ? kLogitRows + kDrawFloats : 0) * config.vocab_size + config.vocab_size;
   return kFloatBytes * floats;
 }
 

@@ -179,7 +179,9 @@ TEST(MemoryPlanTest, IsWhatARankAllocates) {
                   .cleared_slots = {0},
                   .segments = {{.logits = LogitsNeed::kLast, .tokens = std::vector<int32_t>(kernels::kCpuStepRows, 7)}}};
     for (int b = 0; b < 32; ++b) step.segments[0].new_blocks.push_back(b);
-    ASSERT_EQ(rank->executor->Execute(step, [](auto...) { return absl::OkStatus(); }), absl::OkStatus());
+    const engine::Executor::TokenSink draws{.rule_of = [](auto...) { return kernels::DrawRule(); },
+                                            .take = [](auto...) { return absl::OkStatus(); }};
+    ASSERT_EQ(rank->executor->Execute(step, [](auto...) { return absl::OkStatus(); }, draws), absl::OkStatus());
     const int64_t taken = HeapBytes() - before;
 
     const MemoryOptions same = {

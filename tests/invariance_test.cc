@@ -219,6 +219,26 @@ TEST_P(InvarianceTest, ReplayedFromAnyToken) {
   }
 }
 
+// With log-probabilities the host samples from logits that were copied to it; without, the backend draws.
+TEST_P(InvarianceTest, DrawnByTheBackendOrSampledOnTheHost) {
+  std::vector<Request> sampled = Requests(), drawn;
+  for (Request& request : sampled) {
+    request.sampling.repetition_penalty = 1;
+    request.sampling.presence_penalty = 0;
+    drawn.push_back(request);
+    drawn.back().sampling.logprobs = -1;
+  }
+  const auto expected = RunAll(Start(Options())->engine(), sampled);
+  for (const int tp : {1, 2}) {
+    if (tp > 1 && std::string(GetParam().kv) == "int8") continue;
+    const auto group = Start(Options(tp), tp, 2);
+    for (const auto& [id, result] : RunAll(group->engine(), drawn)) {
+      EXPECT_EQ(result.tokens, expected.at(id).tokens);
+      EXPECT_EQ(result.prompt_logprobs, expected.at(id).prompt_logprobs);
+    }
+  }
+}
+
 TEST_P(InvarianceTest, AnyTensorParallelDegree) {
   if (std::string(GetParam().kv) == "int8") GTEST_SKIP() << "scales per rank differ with the degree by their nature";
   const auto expected = Alone();

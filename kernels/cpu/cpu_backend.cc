@@ -163,6 +163,15 @@ absl::Status CpuBackend::PickRows(float* out, const float* x, std::span<const in
   return absl::OkStatus();
 }
 
+absl::Status CpuBackend::Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                              int32_t vocab_size) {
+  if (draws_.empty() || draws_[0].vocab_size() != vocab_size) draws_.assign(team_.size(), TokenDraw(vocab_size));
+  team_.For(std::ssize(rules), [&](int64_t i, int thread) {
+    ids[i] = draws_[thread].Draw({logits + i * vocab_size, static_cast<size_t>(vocab_size)}, rules[i]);
+  });
+  return absl::OkStatus();
+}
+
 absl::Status CpuBackend::MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
                                 const float* bias) {
   const auto& w = static_cast<const CpuMatrix&>(weights);

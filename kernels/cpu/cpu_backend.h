@@ -12,6 +12,7 @@
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/thread_team.h"
 #include "kernels/preconditions.h"
+#include "kernels/token_draw.h"
 
 namespace rankwise::kernels {
 
@@ -54,6 +55,8 @@ class CpuBackend : public Backend {
                          int layer) override;
   absl::Status SiluMul(float* out, const float* gate_up, int64_t width) override;
   absl::Status PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) override;
+  absl::Status Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                    int32_t vocab_size) override;
 
  private:
   // Some rows of one segment, and the splits of the context that any of them attends.
@@ -92,6 +95,7 @@ class CpuBackend : public Backend {
   Scratch tiled_rows_;         // rows of one block of a matmul, by tiles: floats, words or QuantizedRows
   Scratch attention_scratch_;  // [threads]: two states, then AttentionScratchFloats
   Scratch partials_;           // states [tile splits, KV heads]
+  std::vector<TokenDraw> draws_;  // [threads], of the latest vocabulary
 };
 
 }  // namespace rankwise::kernels

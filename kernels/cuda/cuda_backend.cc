@@ -104,6 +104,8 @@ class CudaBackend : public Backend {
     return CudaStatus(cuda::SiluMul(out, gate_up, step_.row_count(), width, stream()), "SiluMul");
   }
   absl::Status PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) override;
+  absl::Status Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                    int32_t vocab_size) override;
 
  private:
   // Ops may come from any thread, and CUDA's current device is each thread's own.
@@ -133,7 +135,10 @@ class CudaBackend : public Backend {
   int tiles_of_ = 0;                      // the group whose tiles were sent
   std::vector<cuda::AttentionTile> tiles_;
 
-  Staging embeddings_, picked_;
+  Staging embeddings_, picked_, rules_;
+  ReadBack drawn_;
+  DeviceMemory weights_;  // of Draw
+  int64_t weights_capacity_ = 0;
   DeviceMemory partials_;
   int64_t partials_capacity_ = 0;
   std::vector<float> observed_;  // host: qkv
@@ -343,6 +348,33 @@ absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const i
   return CudaStatus(cuda::PickRows(out, x, reinterpret_cast<const int32_t*>(picked_.device()),
                                    static_cast<int64_t>(picked.size()), width, stream()),
                     "PickRows");
+}
+
+absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                               int32_t vocab_size) {
+  RW_CHECK(ids.size() == rules.size() && vocab_size > 0 && vocab_size <= 1 << kMostVocabularyBits);
+  if (rules.empty()) return absl::OkStatus();
+  RW_RETURN_IF_ERROR(Use());
+  const auto count = std::ssize(rules), bytes = static_cast<int64_t>(rules.size_bytes());
+  RW_ASSIGN_OR_RETURN(std::byte * memory, rules_.Reserve(bytes));
+  std::memcpy(memory, rules.data(), bytes);
+  RW_RETURN_IF_ERROR(rules_.Send(bytes, stream()));
+  const int64_t scratch = count * vocab_size * static_cast<int64_t>(sizeof(uint64_t));
+  if (scratch > weights_capacity_) {
+    RW_ASSIGN_OR_RETURN(weights_, AllocateDevice(scratch));
+    weights_capacity_ = scratch;
+  }
+  RW_ASSIGN_OR_RETURN(std::byte * drawn, drawn_.Reserve(static_cast<int64_t>(ids.size_bytes())));
+  const cuda::DrawTask task{.ids = reinterpret_cast<int32_t*>(drawn),
+                            .logits = logits,
+                            .rules = reinterpret_cast<const DrawRule*>(rules_.device()),
+                            .weights = reinterpret_cast<uint64_t*>(weights_.get()),
+                            .row_count = count,
+                            .vocab_size = vocab_size};
+  RW_RETURN_IF_ERROR(CudaStatus(cuda::Draw(task, stream()), "Draw"));
+  RW_ASSIGN_OR_RETURN(const std::byte* host, drawn_.Fetch(static_cast<int64_t>(ids.size_bytes()), stream()));
+  std::memcpy(ids.data(), host, ids.size_bytes());
+  return absl::OkStatus();
 }
 
 }  // namespace

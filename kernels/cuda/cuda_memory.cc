@@ -28,6 +28,12 @@ absl::StatusOr<DeviceMemory> AllocateZeroed(int64_t bytes, cudaStream_t stream) 
   return memory;
 }
 
+absl::StatusOr<PinnedMemory> AllocatePinned(int64_t bytes) {
+  void* memory = nullptr;
+  RW_CUDA(cudaMallocHost(&memory, bytes));
+  return PinnedMemory(static_cast<std::byte*>(memory));
+}
+
 absl::StatusOr<std::byte*> Staging::Reserve(int64_t bytes) {
   if (sent_ == nullptr) {
     cudaEvent_t event = nullptr;
@@ -38,9 +44,7 @@ absl::StatusOr<std::byte*> Staging::Reserve(int64_t bytes) {
   }
   if (bytes > capacity_) {
     const int64_t capacity = std::max(bytes, 2 * capacity_);
-    void* host = nullptr;
-    RW_CUDA(cudaMallocHost(&host, capacity));
-    host_.reset(static_cast<std::byte*>(host));
+    RW_ASSIGN_OR_RETURN(host_, AllocatePinned(capacity));
     // cudaFree of the old one waits for the kernels that still read it.
     RW_ASSIGN_OR_RETURN(device_, AllocateDevice(capacity));
     capacity_ = capacity;
@@ -52,6 +56,21 @@ absl::Status Staging::Send(int64_t bytes, cudaStream_t stream) {
   RW_CUDA(cudaMemcpyAsync(device_.get(), host_.get(), bytes, cudaMemcpyHostToDevice, stream));
   RW_CUDA(cudaEventRecord(sent_.get(), stream));
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::byte*> ReadBack::Reserve(int64_t bytes) {
+  if (bytes > capacity_) {
+    RW_ASSIGN_OR_RETURN(host_, AllocatePinned(bytes));
+    RW_ASSIGN_OR_RETURN(device_, AllocateDevice(bytes));
+    capacity_ = bytes;
+  }
+  return device_.get();
+}
+
+absl::StatusOr<const std::byte*> ReadBack::Fetch(int64_t bytes, cudaStream_t stream) {
+  RW_CUDA(cudaMemcpyAsync(host_.get(), device_.get(), bytes, cudaMemcpyDeviceToHost, stream));
+  RW_CUDA(cudaStreamSynchronize(stream));
+  return host_.get();
 }
 
 }  // namespace rankwise::kernels

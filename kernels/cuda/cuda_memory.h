@@ -23,6 +23,12 @@ absl::StatusOr<DeviceMemory> AllocateDevice(int64_t bytes);
 absl::StatusOr<DeviceMemory> UploadToDevice(const void* host, int64_t bytes, cudaStream_t stream);
 absl::StatusOr<DeviceMemory> AllocateZeroed(int64_t bytes, cudaStream_t stream);
 
+struct PinnedFree {
+  void operator()(std::byte* memory) const { cudaFreeHost(memory); }
+};
+using PinnedMemory = std::unique_ptr<std::byte, PinnedFree>;  // of the host
+absl::StatusOr<PinnedMemory> AllocatePinned(int64_t bytes);
+
 struct StreamDestroy {
   void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
 };
@@ -39,17 +45,28 @@ class Staging {
   const std::byte* device() const { return device_.get(); }
 
  private:
-  struct HostFree {
-    void operator()(std::byte* memory) const { cudaFreeHost(memory); }
-  };
   struct EventDestroy {
     void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
   };
 
   int64_t capacity_ = 0;
-  std::unique_ptr<std::byte, HostFree> host_;
+  PinnedMemory host_;
   DeviceMemory device_;
   std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, EventDestroy> sent_;
+};
+
+// The way back: bytes that a kernel leaves, read by the host once the stream is done. Grows as Staging does.
+class ReadBack {
+ public:
+  // Device memory for `bytes`.
+  absl::StatusOr<std::byte*> Reserve(int64_t bytes);
+  // Waits for the stream; its first `bytes`, valid until the next Fetch.
+  absl::StatusOr<const std::byte*> Fetch(int64_t bytes, cudaStream_t stream);
+
+ private:
+  int64_t capacity_ = 0;
+  PinnedMemory host_;
+  DeviceMemory device_;
 };
 
 }  // namespace rankwise::kernels

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/draw_weights.h"
+
 // What the .cu files offer the backend: functions that issue kernels on a stream. Sizes are checked by the caller. All
 // pointers are device memory; `[...]` are shapes, row-major, f32 unless said otherwise.
 namespace rankwise::kernels::cuda {
@@ -31,6 +33,17 @@ cudaError_t SiluMul(float* out, const float* gate_up, int64_t row_count, int64_t
 // out [count, width] = x[picked[i]].
 cudaError_t PickRows(float* out, const float* x, const int32_t* picked, int64_t count, int64_t width,
                      cudaStream_t stream);
+
+// ids[r] = what rules[r] draws from row r of logits [row_count, vocab_size] (kernels/token_draw.h).
+struct DrawTask {
+  int32_t* ids;
+  const float* logits;
+  const DrawRule* rules;
+  uint64_t* weights;  // [row_count, vocab_size], scratch
+  int64_t row_count;
+  int32_t vocab_size;
+};
+cudaError_t Draw(const DrawTask& task, cudaStream_t stream);
 
 enum class WeightFormat : uint8_t { kF32, kF16, kBF16, kInt4, kInt8 };  // in the order of DType
 

@@ -10,6 +10,7 @@
 #include "kernels/kv_histogram.h"
 #include "kernels/number_formats.h"
 #include "kernels/preconditions.h"
+#include "kernels/token_draw.h"
 
 namespace rankwise::kernels {
 namespace {
@@ -331,6 +332,13 @@ class ReferenceBackend : public Backend {
       RW_CHECK(row >= 0 && row < step_.row_count());
       out = std::copy_n(x + row * width, width, out);
     }
+    return absl::OkStatus();
+  }
+
+  absl::Status Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                    int32_t vocab_size) override {
+    TokenDraw draw(vocab_size);
+    for (size_t i = 0; i < rules.size(); ++i) ids[i] = draw.Draw({logits + i * vocab_size, size_t(vocab_size)}, rules[i]);
     return absl::OkStatus();
   }
 

@@ -64,6 +64,9 @@ struct MultiplyOutput {
 };
 void MultiplyFragments(Meeting& meeting);
 
+// Bytes that cudaMemcpyAsync has brought to the host so far, on any thread.
+int64_t BytesToHost();
+
 // Every allocation's guard bands are as they were, or which is not.
 std::string CheckAllocations();
 

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -44,6 +45,7 @@ bool IsIntact([[maybe_unused]] const unsigned char* begin, [[maybe_unused]] cons
 }
 
 thread_local std::string last_fault;
+std::atomic<int64_t> bytes_to_host{0};
 
 cudaError_t NeedsStream(cudaStream_t stream) { return stream ? cudaSuccess : cudaErrorInvalidValue; }
 
@@ -60,6 +62,8 @@ std::string CheckAllocations() {
   }
   return "";
 }
+
+int64_t BytesToHost() { return bytes_to_host; }
 
 cudaError_t ReportLaunch(cudaStream_t stream, const std::string& fault) {
   if (NeedsStream(stream) != cudaSuccess) return cudaErrorInvalidValue;
@@ -154,7 +158,8 @@ cudaError_t cudaFreeHost(void* memory) {
   std::free(memory);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDeviceToHost) bytes_to_host += static_cast<int64_t>(bytes);
   if (bytes > 0) std::memcpy(to, from, bytes);
   return NeedsStream(stream);
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "tests/cuda_emulation/emulator.h"
 #include "tests/support/test_data.h"
 #include "tests/support/thread_group.h"
 #include "tests/support/wide_scales.h"
@@ -86,6 +87,39 @@ TEST_P(CudaWorkerBatchTest, AloneOrInABatchIsTheSameToTheBit) {
   for (const Request& request : Requests()) {
     EXPECT_EQ(RunAlone((*group)->engine(), request), batched.at(request.id));
   }
+}
+
+// Without log-probabilities the GPU draws, and tokens alone come to the host: the same ones.
+TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
+  engine::RankOptions options;
+  options.model_dir = SourcePath("launch/demo_model");
+  options.kv = "f16";
+  options.max_tokens = 128;
+  options.max_running = 4;
+  options.max_step_rows = 32;
+  options.max_drafts = 0;
+  std::vector<Request> sampled;
+  for (int i = 0; i < 4; ++i) {
+    Request request{.id = SequenceId{static_cast<uint64_t>(i + 1)}, .prompt = {3 + 101 * i, 20, 7 + i}};
+    request.sampling = {.max_tokens = 5,
+                        .temperature = 0.5f * static_cast<float>(i),
+                        .top_k = i == 2 ? 40 : 0,
+                        .top_p = i >= 2 ? 0.9f : 1.0f,
+                        .min_p = i == 3 ? 0.02f : 0.0f,
+                        .seed = 11 + static_cast<uint64_t>(i),
+                        .ignore_eos = true,
+                        .logprobs = 0};
+    sampled.push_back(request);
+  }
+  std::vector<Request> drawn = sampled;
+  for (Request& request : drawn) request.sampling.logprobs = -1;
+  auto group = ThreadGroup::Start(options, 1, [](int) { return kernels::CreateCudaBackend({}); });
+  ASSERT_TRUE(group.ok()) << group.status();
+  const auto expected = RunAll((*group)->engine(), sampled);
+  const int64_t before = cuda_emulation::BytesToHost();
+  const auto results = RunAll((*group)->engine(), drawn);
+  EXPECT_EQ(cuda_emulation::BytesToHost() - before, 4 * 5 * sizeof(int32_t));
+  for (const auto& [id, result] : results) EXPECT_EQ(result.tokens, expected.at(id).tokens);
 }
 
 std::string NameOf(const ::testing::TestParamInfo<const char*>& info) {

@@ -133,6 +133,11 @@ class DeviceCopies : public Backend {
     to.Fetch(out);
     return absl::OkStatus();
   }
+  absl::Status Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
+                    int32_t vocab_size) override {
+    const Copy from = Of(logits, std::ssize(rules) * vocab_size);
+    return Told(device_->Draw(ids, from.get(), rules, vocab_size));
+  }
 
  private:
   Copy Of(const float* host, int64_t count) { return Copy(*device_, host, count); }

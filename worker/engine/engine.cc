@@ -110,9 +110,16 @@ absl::StatusOr<std::vector<Output>> Engine::Step() {
     counters_.prompt_tokens += std::clamp<int64_t>(prompt_left, 0, static_cast<int64_t>(segment.tokens.size()));
   }
   RW_RETURN_IF_ERROR(Broadcast(plan_));
-  RW_RETURN_IF_ERROR(executor_.Execute(plan_, [&](int32_t segment, int32_t position, std::span<float> logits) {
-    return TakeLogits(planned_[segment], position, logits);
-  }));
+  RW_RETURN_IF_ERROR(executor_.Execute(
+      plan_,
+      [&](int32_t segment, int32_t position, std::span<float> logits) {
+        return TakeLogits(planned_[segment], position, logits);
+      },
+      {.rule_of = [&](int32_t segment, int32_t position) { return RuleOf(planned_[segment], position); },
+       .take =
+           [&](int32_t segment, int32_t position, int32_t token) {
+             return TakeToken(planned_[segment], position, token);
+           }}));
   scheduler_.CompleteStep(continued_);
   for (const Output& output : outputs_) {
     if (output.reason != FinishReason::kNone || !output.error.ok()) Cancel(output.id);
@@ -122,15 +129,31 @@ absl::StatusOr<std::vector<Output>> Engine::Step() {
   return std::move(outputs_);
 }
 
+bool Engine::IsKnown(const scheduler::Planned& planned, int32_t position) const {
+  const std::vector<int32_t>& tokens = sequences_.at(planned.id)->tokens;
+  const StepSegment& segment = plan_.segments[planned.segment];
+  return position < std::ssize(tokens) && segment.tokens[position - segment.first_position] == tokens[position];
+}
+
+// The token after the last known one is drawn, and those after drafts in case these are what is sampled.
+std::optional<kernels::DrawRule> Engine::RuleOf(const scheduler::Planned& planned, int32_t position) const {
+  const Live& live = *sequences_.at(planned.id);
+  if (position + 1 < std::ssize(live.tokens)) return std::nullopt;
+  return RawRule(live.request.sampling, position + 1, static_cast<int32_t>(live.request.prompt.size()));
+}
+
+absl::Status Engine::TakeToken(const scheduler::Planned& planned, int32_t position, int32_t token) {
+  if (!IsKnown(planned, position)) return absl::OkStatus();
+  RW_CHECK(planned.produces_token && position + 1 == std::ssize(sequences_.at(planned.id)->tokens));
+  Deliver(planned, {.id = token});
+  return absl::OkStatus();
+}
+
 absl::Status Engine::TakeLogits(const scheduler::Planned& planned, int32_t position, std::span<float> logits) {
   Live& live = *sequences_.at(planned.id);
   const SamplingParams& sampling = live.request.sampling;
   const auto known = static_cast<int32_t>(live.tokens.size());
-  // A row behind a draft that was not sampled, or behind the end.
-  const StepSegment& segment = plan_.segments[planned.segment];
-  if (position >= known || segment.tokens[position - segment.first_position] != live.tokens[position]) {
-    return absl::OkStatus();
-  }
+  if (!IsKnown(planned, position)) return absl::OkStatus();
   if (position + 1 < known) {
     const auto scored = static_cast<int32_t>(live.prompt_logprobs.size());
     if (live.first_token == absl::Time() && position == scored &&

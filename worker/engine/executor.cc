@@ -27,7 +27,7 @@ absl::Status Executor::ApplyTables(const StepPlan& plan) {
   return absl::OkStatus();
 }
 
-absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink) {
+absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink, const TokenSink& draws) {
   RW_RETURN_IF_ERROR(ApplyTables(plan));
   tokens_.clear();
   row_begin_.assign(1, 0);
@@ -35,6 +35,7 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink) {
   logit_rows_.clear();
   logit_origin_.clear();
   segment_tables_.clear();
+  rules_.clear();
   for (size_t s = 0; s < plan.segments.size(); ++s) {
     const StepSegment& segment = plan.segments[s];
     const auto count = static_cast<int32_t>(segment.tokens.size());
@@ -42,6 +43,7 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink) {
     for (int32_t i = first_wanted; i < count; ++i) {
       logit_rows_.push_back(row_begin_.back() + i);
       logit_origin_.emplace_back(static_cast<int32_t>(s), segment.first_position + i);
+      if (draws.rule_of) rules_.push_back(draws.rule_of(static_cast<int32_t>(s), segment.first_position + i));
     }
     tokens_.insert(tokens_.end(), segment.tokens.begin(), segment.tokens.end());
     row_begin_.push_back(static_cast<int32_t>(tokens_.size()));
@@ -50,9 +52,15 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink) {
   }
   const kernels::StepRows rows{
       .tokens = tokens_, .row_begin = row_begin_, .first_position = first_position_, .block_table = segment_tables_};
-  return decoder_.Forward(rows, logit_rows_, [&](int32_t i, std::span<float> logits) {
-    return sink(logit_origin_[i].first, logit_origin_[i].second, logits);
-  });
+  return decoder_.Forward(
+      rows, logit_rows_,
+      {.take_logits =
+           [&](int32_t i, std::span<float> logits) {
+             return sink(logit_origin_[i].first, logit_origin_[i].second, logits);
+           },
+       .rules = rules_,
+       .take_token =
+           [&](int32_t i, int32_t token) { return draws.take(logit_origin_[i].first, logit_origin_[i].second, token); }});
 }
 
 }  // namespace rankwise::engine

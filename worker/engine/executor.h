@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -21,9 +22,16 @@ class Executor {
   // Logits of one row on rank 0: the segment's index in the plan and the row's position in its sequence.
   using LogitsSink = std::function<absl::Status(int32_t segment, int32_t position, std::span<float> logits)>;
 
+  // How rank 0 draws, where it does not take logits: the rule of a row, null where its logits are wanted, and who takes
+  // the token that comes after it.
+  struct TokenSink {
+    std::function<std::optional<kernels::DrawRule>(int32_t segment, int32_t position)> rule_of;
+    std::function<absl::Status(int32_t segment, int32_t position, int32_t token)> take;
+  };
+
   // Requires a plan of kind kRun that passed DecodeStepPlan. FailedPrecondition when a segment's rows do not follow
   // from its slot's history (a row without a block): rank 0 and this rank disagree, and the group must end.
-  absl::Status Execute(const StepPlan& plan, const LogitsSink& sink);
+  absl::Status Execute(const StepPlan& plan, const LogitsSink& sink, const TokenSink& draws = {});
 
   const StepLimits& limits() const { return limits_; }
 
@@ -38,6 +46,7 @@ class Executor {
   std::vector<int32_t> tokens_, row_begin_, first_position_, logit_rows_;
   std::vector<std::pair<int32_t, int32_t>> logit_origin_;  // segment, position
   std::vector<std::span<const int32_t>> segment_tables_;
+  std::vector<std::optional<kernels::DrawRule>> rules_;  // of logit_rows_; empty: none draws
 };
 
 }  // namespace rankwise::engine

@@ -2,11 +2,13 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "kernels/token_draw.h"
 
 namespace rankwise::engine {
 
@@ -50,18 +52,19 @@ std::array<uint32_t, 4> Philox4x32(std::array<uint32_t, 4> counter, std::array<u
 // preempted sequence draws the same numbers.
 double UniformAt(uint64_t seed, uint64_t position);
 
-// Draws tokens from logits. Keeps scratch of vocabulary size, so one per thread. The result depends on its arguments
-// alone: the same bits on every platform that rounds IEEE. So exp and log are ours, because those of libm differ by
-// version and instruction set, and probabilities are integers, whose sums have no order.
+// The rule by which Sample draws the token at `position`, where that is all it does: no logprobs are asked for, and
+// nothing changes the logits. Then a backend may draw, and gets the same token.
+std::optional<kernels::DrawRule> RawRule(const SamplingParams& params, int32_t position, int32_t prompt_count);
+
+// Samples tokens from logits. Keeps scratch of vocabulary size, so one per thread. The result depends on its arguments
+// alone, to the bit (kernels/token_draw.h).
 class Sampler {
  public:
   explicit Sampler(int32_t vocab_size);
 
   // `logits` [vocab_size] is overwritten. `tokens` is prompt then generated, `prompt_count` the length of the prompt.
   // `eos_ids` are masked while fewer than min_tokens were generated, as are stop_token_ids. Order: bias, repetition,
-  // frequency and presence penalties, temperature, top-k, top-p, min-p, draw. Ties go to the lowest id. The draw's
-  // counter is the position of the new token, tokens.size(). Logits that are NaN count as -inf; when none is left the
-  // id is -1. Tokens 2^41 times less likely than the first one are never drawn.
+  // frequency and presence penalties, then TokenDraw. The draw's counter is the position of the new token, tokens.size().
   SampledToken Sample(std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                       int32_t prompt_count, std::span<const int32_t> eos_ids);
 
@@ -71,15 +74,11 @@ class Sampler {
  private:
   void ApplyPenalties(std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                       int32_t prompt_count);
-  int32_t Draw(std::span<const float> logits, const SamplingParams& params, double uniform);
-  double LogSumExp(std::span<const float> logits);
-  uint64_t KeepNucleus(uint64_t enough);
+  std::vector<Candidate> Best(std::span<const float> logits, int32_t count, double log_sum);
 
-  const int32_t vocab_size_;
-  std::vector<uint64_t> weight_;  // of each id, in units of 2^-40 of the likeliest
-  std::vector<uint64_t> keys_;    // of candidates
-  std::vector<int32_t> count_;    // occurrences by id; all 0 between calls
-  std::vector<float> raw_;        // the logits as they came
+  kernels::TokenDraw draw_;
+  std::vector<int32_t> count_;  // occurrences by id; all 0 between calls
+  std::vector<float> raw_;      // the logits as they came
 };
 
 }  // namespace rankwise::engine

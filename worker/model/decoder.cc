@@ -143,15 +143,18 @@ absl::Status Decoder::TakeBuffers() {
   RW_ASSIGN_OR_RETURN(activated_, backend_.Allocate(rows * plan_.intermediate.count()));
   RW_ASSIGN_OR_RETURN(picked_, backend_.Allocate(kLogitRows * config_.hidden_size));
   RW_ASSIGN_OR_RETURN(logits_local_, backend_.Allocate(kLogitRows * plan_.vocab.count()));
-  part_.resize(kLogitRows * plan_.vocab.count());
+  if (plan_.world_size > 1) part_.resize(kLogitRows * plan_.vocab.count());
   for (int rank = 0; rank < plan_.world_size; ++rank) {
     RW_ASSIGN_OR_RETURN(const shard::ShardPlan other,
                         shard::PlanShard(config_.dims(), {.rank = rank, .world_size = plan_.world_size}));
     vocab_counts_.push_back(other.vocab.count());
   }
   if (plan_.rank == 0) {
-    gathered_.resize(plan_.world_size > 1 ? kLogitRows * config_.vocab_size : 0);
     logits_.resize(config_.vocab_size);
+    if (plan_.world_size > 1) {
+      gathered_.resize(kLogitRows * config_.vocab_size);
+      draw_.emplace(static_cast<int32_t>(config_.vocab_size));
+    }
   }
   return absl::OkStatus();
 }
@@ -186,7 +189,8 @@ kernels::Activations Decoder::activations() const {
 }
 
 absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
-                              const LogitsSink& sink) {
+                              const RowSink& sink) {
+  RW_CHECK(sink.rules.empty() || sink.rules.size() == logit_rows.size());
   RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
   // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
   RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
@@ -248,33 +252,63 @@ absl::Status Decoder::ReduceDelta(int32_t row_count) {
                                     options_.collective_timeout);
 }
 
-absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const LogitsSink& sink) {
-  const int64_t vocab = config_.vocab_size, vocab_local = plan_.vocab.count();
+absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const RowSink& sink) {
   for (size_t begin = 0; begin < logit_rows.size(); begin += kLogitRows) {
     const auto rows = logit_rows.subspan(begin, std::min<size_t>(kLogitRows, logit_rows.size() - begin));
-    const auto count = static_cast<int32_t>(rows.size());
+    const auto first = static_cast<int32_t>(begin), count = static_cast<int32_t>(rows.size());
     RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), rows, config_.hidden_size));
     RW_RETURN_IF_ERROR(backend_.MatMul(logits_local_.get(), picked_.get(), count, *output_, nullptr));
-    const std::span<float> part(part_.data(), count * vocab_local);
     RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
-    RW_RETURN_IF_ERROR(backend_.CopyToHost(logits_local_.get(), part));
-    std::span<const float> parts = part;
-    if (plan_.world_size > 1) {
-      std::vector<int64_t> counts = vocab_counts_;
-      for (int64_t& n : counts) n *= count;
-      const std::span<float> all(gathered_.data(), plan_.rank == 0 ? count * vocab : 0);
-      RW_RETURN_IF_ERROR(communicator_.Gather(part, counts, all, options_.collective_timeout));
-      parts = all;
+    RW_RETURN_IF_ERROR(plan_.world_size > 1 ? EmitGatheredRows(first, count, sink)
+                                            : EmitWholeRows(first, count, sink));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::EmitWholeRows(int32_t begin, int32_t count, const RowSink& sink) {
+  const auto rule_of = [&](int32_t i) { return sink.rules.empty() ? std::nullopt : sink.rules[begin + i]; };
+  rules_.clear();
+  bool draws = false;
+  for (int32_t i = 0; i < count; ++i) {
+    draws |= rule_of(i).has_value();
+    // Rows whose logits are taken are drawn from too, in the cheapest way.
+    rules_.push_back(rule_of(i).value_or(kernels::DrawRule{.temperature = 0}));
+  }
+  drawn_.resize(count);
+  if (draws) {
+    RW_RETURN_IF_ERROR(
+        backend_.Draw(drawn_, logits_local_.get(), rules_, static_cast<int32_t>(config_.vocab_size)));
+  }
+  for (int32_t i = 0; i < count; ++i) {
+    if (rule_of(i).has_value()) {
+      RW_RETURN_IF_ERROR(sink.take_token(begin + i, drawn_[i]));
+    } else {
+      RW_RETURN_IF_ERROR(backend_.CopyToHost(logits_local_.get() + i * config_.vocab_size, logits_));
+      RW_RETURN_IF_ERROR(sink.take_logits(begin + i, logits_));
     }
-    if (plan_.rank != 0) continue;
-    for (int32_t i = 0; i < count; ++i) {
-      float* destination = logits_.data();
-      const float* source = parts.data();
-      for (const int64_t width : vocab_counts_) {
-        destination = std::copy_n(source + i * width, width, destination);
-        source += count * width;
-      }
-      RW_RETURN_IF_ERROR(sink(static_cast<int32_t>(begin) + i, logits_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::EmitGatheredRows(int32_t begin, int32_t count, const RowSink& sink) {
+  const std::span<float> part(part_.data(), count * plan_.vocab.count());
+  RW_RETURN_IF_ERROR(backend_.CopyToHost(logits_local_.get(), part));
+  std::vector<int64_t> counts = vocab_counts_;
+  for (int64_t& n : counts) n *= count;
+  const std::span<float> all(gathered_.data(), plan_.rank == 0 ? count * config_.vocab_size : 0);
+  RW_RETURN_IF_ERROR(communicator_.Gather(part, counts, all, options_.collective_timeout));
+  if (plan_.rank != 0) return absl::OkStatus();
+  for (int32_t i = 0; i < count; ++i) {
+    float* destination = logits_.data();
+    const float* source = all.data();
+    for (const int64_t width : vocab_counts_) {
+      destination = std::copy_n(source + i * width, width, destination);
+      source += count * width;
+    }
+    if (!sink.rules.empty() && sink.rules[begin + i].has_value()) {
+      RW_RETURN_IF_ERROR(sink.take_token(begin + i, draw_->Draw(logits_, *sink.rules[begin + i])));
+    } else {
+      RW_RETURN_IF_ERROR(sink.take_logits(begin + i, logits_));
     }
   }
   return absl::OkStatus();

@@ -3,12 +3,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
+#include "kernels/token_draw.h"
 #include "worker/comm/communicator.h"
 #include "worker/shard/shard_plan.h"
 #include "worker/weights/checkpoint.h"
@@ -42,12 +44,16 @@ class Decoder {
                                                          comm::Communicator& communicator,
                                                          const DecoderOptions& options);
 
-  // Takes the logits [vocab_size] f32 of logit_rows[i] on rank 0; it may overwrite them.
-  using LogitsSink = std::function<absl::Status(int32_t i, std::span<float> logits)>;
+  // What rank 0 does with logit_rows[i]: either takes its logits [vocab_size] f32, which it may overwrite, or takes the
+  // token drawn by rules[i], for which they need not come to the host. No rules: all logits are taken.
+  struct RowSink {
+    std::function<absl::Status(int32_t i, std::span<float> logits)> take_logits;
+    std::span<const std::optional<kernels::DrawRule>> rules;
+    std::function<absl::Status(int32_t i, int32_t token)> take_token;
+  };
 
-  // Appends the rows' K and V to the cache, then hands the logits of `logit_rows` (row indices, rising) to `sink` in
-  // order.
-  absl::Status Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const LogitsSink& sink);
+  // Appends the rows' K and V to the cache, then hands what `logit_rows` (row indices, rising) gave to `sink` in order.
+  absl::Status Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const RowSink& sink);
 
   const weights::ModelConfig& config() const { return config_; }
   const shard::ShardPlan& plan() const { return plan_; }
@@ -78,7 +84,11 @@ class Decoder {
   absl::Status ReduceDelta(int32_t row_count);
   // Adds the squares of x [row_count, sums.size()]; nothing unless observes.
   absl::Status Observe(const float* x, int32_t row_count, int layer, std::vector<double> InputObservation::*sums);
-  absl::Status EmitLogits(std::span<const int32_t> logit_rows, const LogitsSink& sink);
+  absl::Status EmitLogits(std::span<const int32_t> logit_rows, const RowSink& sink);
+  // Rows [begin, begin + count) of the sink, whose logits are in logits_local_. The whole vocabulary is this rank's, or
+  // lies in parts of all ranks on rank 0's host.
+  absl::Status EmitWholeRows(int32_t begin, int32_t count, const RowSink& sink);
+  absl::Status EmitGatheredRows(int32_t begin, int32_t count, const RowSink& sink);
 
   const weights::ModelConfig config_;
   const shard::ShardPlan plan_;
@@ -103,6 +113,9 @@ class Decoder {
   kernels::Backend::Floats picked_, logits_local_;  // [kLogitRows, hidden], [kLogitRows, vocab_local]
   std::vector<float> part_, gathered_, logits_;     // host: this rank's part, all parts, one row in vocabulary order
   std::vector<int64_t> vocab_counts_;               // per rank
+  std::vector<kernels::DrawRule> rules_;
+  std::vector<int32_t> drawn_;
+  std::optional<kernels::TokenDraw> draw_;  // of gathered rows
 };
 
 }  // namespace rankwise::model
