@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -165,6 +166,10 @@ struct StepRows {
   std::span<const int32_t> row_begin;                     // [segments + 1]
   std::span<const int32_t> first_position;                // [segments]
   std::span<const std::span<const int32_t>> block_table;  // [segments]
+  // What the step's RopeAppend and Attention will ask for, so that a device gets it with the rest; each op sends its own
+  // where it is not said.
+  const struct RopeTable* rope = nullptr;
+  int32_t query_group = 0;  // query heads of a KV head
   int32_t row_count() const { return static_cast<int32_t>(tokens.size()); }
   int32_t segment_count() const { return static_cast<int32_t>(first_position.size()); }
 };
@@ -183,6 +188,13 @@ struct AttentionShape {
   int head_dim = 0;
   float score_scale = 0;       // usually 1 / sqrt(head_dim)
   int32_t sliding_window = 0;  // a position attends itself and the sliding_window - 1 before it; 0: all before it
+};
+
+// Owned by the caller, destroyed before the backend.
+class Repeated {
+ public:
+  virtual ~Repeated() = default;
+  virtual absl::Status Run() = 0;
 };
 
 class Backend {
@@ -212,6 +224,11 @@ class Backend {
 
   // Makes `rows` the current step. The ops below work on its rows; row counts are implied.
   virtual absl::Status BeginStep(const StepRows& rows) = 0;
+
+  // Ops that come again in every step. `issue` issues them for the current step; where Run did so for as many rows
+  // before, it may do the same again without asking. So `issue` must issue the same ops with the same arguments for as
+  // many rows, and nothing that waits.
+  virtual std::unique_ptr<Repeated> Repeat(std::function<absl::Status()> issue);
 
   // x [rows, hidden] = table[tokens]. InvalidArgument names a token outside the table.
   virtual absl::Status Embed(const EmbeddingTable& table, float* x) = 0;

@@ -8,6 +8,23 @@
 #include "kernels/kv_histogram.h"
 
 namespace rankwise::kernels {
+namespace {
+
+class IssuedAnew final : public Repeated {
+ public:
+  explicit IssuedAnew(std::function<absl::Status()> issue) : issue_(std::move(issue)) {}
+  absl::Status Run() override { return issue_(); }
+
+ private:
+  const std::function<absl::Status()> issue_;
+};
+
+}  // namespace
+
+std::unique_ptr<Repeated> Backend::Repeat(std::function<absl::Status()> issue) {
+  return std::make_unique<IssuedAnew>(std::move(issue));
+}
+
 
 int64_t DTypeBytes(DType dtype) {
   RW_CHECK(!IsGrouped(dtype), DTypeName(dtype));

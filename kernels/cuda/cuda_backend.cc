@@ -3,7 +3,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
+#include <compare>
 #include <cstring>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,12 +31,23 @@ namespace {
 constexpr int64_t kTilesPerMultiprocessor = 2;
 constexpr int64_t kMostPartials = int64_t{16} << 20;
 
+// Steps beyond so many rows compute longer than they take to issue, and come in too many shapes.
+constexpr int32_t kMostRecordedRows = 64;
+constexpr size_t kMostRecordings = 256;
+
+// All that the launches of a step depend on beside the numbers in device memory.
+struct StepShape {
+  int64_t row_count, tile_count, split_bound;
+  auto operator<=>(const StepShape&) const = default;
+};
+
 class CudaBackend : public Backend {
  public:
-  CudaBackend(int device, const cudaDeviceProp& properties, Stream stream)
-      : device_(device),
+  CudaBackend(const CudaOptions& options, const cudaDeviceProp& properties, Stream stream)
+      : device_(options.device),
+        records_steps_(options.records_steps),
         multiprocessors_(properties.multiProcessorCount),
-        description_(absl::StrCat("cuda ", device, ": ", properties.name, ", sm_", properties.major, properties.minor,
+        description_(absl::StrCat("cuda ", options.device, ": ", properties.name, ", sm_", properties.major, properties.minor,
                                   ", ", properties.multiProcessorCount, " multiprocessors")),
         stream_(std::move(stream)),
         team_(ThreadTeam::AllowedCpuCount(), /*pin_threads=*/false) {}
@@ -79,6 +94,7 @@ class CudaBackend : public Backend {
   }
 
   absl::Status BeginStep(const StepRows& rows) override;
+  std::unique_ptr<Repeated> Repeat(std::function<absl::Status()> issue) override;
 
   absl::Status Embed(const EmbeddingTable& table, float* x) override;
   absl::Status RmsNorm(float* out, const float* x, const float* weight, int64_t width, float eps) override {
@@ -108,6 +124,10 @@ class CudaBackend : public Backend {
                     int32_t vocab_size) override;
 
  private:
+  class Recorded;
+
+  // Of the current step; null where it is not to be recorded.
+  std::optional<StepShape> RecordableShape() const;
   // Ops may come from any thread, and CUDA's current device is each thread's own.
   absl::Status Use() const { return CudaStatus(cudaSetDevice(device_), "cudaSetDevice"); }
   absl::Status Norm(cuda::NormTask task) {
@@ -115,25 +135,37 @@ class CudaBackend : public Backend {
     task.row_count = step_.row_count();
     return CudaStatus(cuda::AddAndNorm(task, stream()), task.weight ? "RmsNorm" : "Add");
   }
+  // Of the step's rows: cos [rows, half], then sin.
+  void WriteAngles(const RopeTable& rope, float* to) const;
+  void CheckAngles(const RopeTable& rope) const;
+  void BuildTiles(int group);
   absl::Status SendAngles(const RopeTable& rope);
   absl::Status SendTiles(int group);
-  // The most splits that any tile's windows reach into.
-  int64_t SplitCount(int32_t sliding_window, int group) const;
+  // At least as many splits as any tile's windows reach into, and the same number for steps of one shape.
+  int64_t SplitBound(int32_t sliding_window) const;
   absl::Status Observe(const float* qkv, const AttentionShape& shape, KvObservation& observation);
 
   const int device_;
+  const bool records_steps_;
   const int64_t multiprocessors_;
   const std::string description_;
   const Stream stream_;
   ThreadTeam team_;  // packs
   StepIndex step_;
 
-  // Of the step: plan [position [rows], block [rows], block tables], and what the first layer asked for.
-  Staging plan_, angles_, tiles_on_device_;
-  std::vector<int32_t> table_begin_;      // [segments], in the plan's tables
-  const RopeTable* angles_of_ = nullptr;  // whose angles were sent
-  int tiles_of_ = 0;                      // the group whose tiles were sent
+  // Of the step, in one copy: tiles, angles, position [rows], block [rows], block tables. Tiles and angles come alone
+  // where an op asks for others.
+  Staging plan_, other_tiles_, other_angles_;
+  const cuda::AttentionTile* tiles_on_device_ = nullptr;
+  const float* angles_on_device_ = nullptr;
+  const int32_t *position_on_device_ = nullptr, *block_on_device_ = nullptr, *tables_on_device_ = nullptr;
+  const RopeTable* angles_of_ = nullptr;  // whose angles are there
+  int tiles_of_ = 0;                      // the group whose tiles are there
   std::vector<cuda::AttentionTile> tiles_;
+  std::vector<int32_t> table_begin_;  // [segments], in the plan's tables
+  int64_t split_bound_ = 0;
+
+  int64_t moves_ = 0;  // of memory that launches name
 
   Staging embeddings_, picked_, rules_;
   ReadBack drawn_;
@@ -144,11 +176,39 @@ class CudaBackend : public Backend {
   std::vector<float> observed_;  // host: qkv
 };
 
+void CudaBackend::WriteAngles(const RopeTable& rope, float* to) const {
+  const int64_t half = rope.rotary_dim / 2;
+  for (const auto* table : {&rope.cos, &rope.sin}) {
+    for (int64_t row = 0; row < step_.row_count(); ++row) {
+      to = std::copy_n(table->data() + step_.position(row) * half, half, to);
+    }
+  }
+}
+
+void CudaBackend::BuildTiles(int group) {
+  tiles_.clear();
+  const StepRows& rows = step_.rows();
+  int32_t last = 0;
+  for (int32_t s = 0; s < rows.segment_count(); ++s) {
+    const int32_t count = rows.row_begin[s + 1] - rows.row_begin[s], vectors = count * group;
+    last = std::max(last, rows.first_position[s] + count - 1);
+    for (int32_t v = 0; v < vectors; v += cuda::kTileVectors) {
+      tiles_.push_back({.row_begin = rows.row_begin[s],
+                        .first_position = rows.first_position[s],
+                        .table_begin = table_begin_[s],
+                        .vector_begin = v,
+                        .vector_count = std::min(cuda::kTileVectors, vectors - v)});
+    }
+  }
+  split_bound_ = static_cast<int64_t>(std::bit_ceil(static_cast<uint32_t>(last / cuda::kSplitTokens + 1)));
+}
+
+// Tables come last, so that the rest lies in one place in steps of one shape.
 absl::Status CudaBackend::BeginStep(const StepRows& rows) {
   RW_RETURN_IF_ERROR(Use());
   step_.Build(rows);
-  angles_of_ = nullptr;
-  tiles_of_ = 0;
+  angles_of_ = rows.rope;
+  tiles_of_ = rows.query_group;
   const int64_t count = step_.row_count();
   int64_t table_blocks = 0;
   table_begin_.clear();
@@ -156,16 +216,84 @@ absl::Status CudaBackend::BeginStep(const StepRows& rows) {
     table_begin_.push_back(static_cast<int32_t>(table_blocks));
     table_blocks += static_cast<int64_t>(table.size());
   }
-  const int64_t bytes = (2 * count + table_blocks) * static_cast<int64_t>(sizeof(int32_t));
+  tiles_.clear();
+  if (tiles_of_ > 0) BuildTiles(tiles_of_);
+  const int64_t angles_at = static_cast<int64_t>(tiles_.size() * sizeof(cuda::AttentionTile));
+  const int64_t angle_count = angles_of_ == nullptr ? 0 : count * (angles_of_->rotary_dim / 2 * 2);
+  const int64_t rows_at = angles_at + angle_count * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = rows_at + (2 * count + table_blocks) * static_cast<int64_t>(sizeof(int32_t));
+
+  const std::byte* before = plan_.device();
   RW_ASSIGN_OR_RETURN(std::byte * memory, plan_.Reserve(bytes));
-  auto* plan = reinterpret_cast<int32_t*>(memory);
-  for (int64_t row = 0; row < count; ++row) {
-    plan[row] = step_.position(row);
-    plan[count + row] = step_.block(row);
+  if (plan_.device() != before) ++moves_;
+  std::ranges::copy(tiles_, reinterpret_cast<cuda::AttentionTile*>(memory));
+  if (angles_of_ != nullptr) {
+    CheckAngles(*angles_of_);
+    WriteAngles(*angles_of_, reinterpret_cast<float*>(memory + angles_at));
   }
-  int32_t* to = plan + 2 * count;
+  auto* to = reinterpret_cast<int32_t*>(memory + rows_at);
+  for (int64_t row = 0; row < count; ++row) {
+    to[row] = step_.position(row);
+    to[count + row] = step_.block(row);
+  }
+  to += 2 * count;
   for (const auto& table : rows.block_table) to = std::copy(table.begin(), table.end(), to);
+  tiles_on_device_ = reinterpret_cast<const cuda::AttentionTile*>(plan_.device());
+  angles_on_device_ = reinterpret_cast<const float*>(plan_.device() + angles_at);
+  position_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + rows_at);
+  block_on_device_ = position_on_device_ + count;
+  tables_on_device_ = block_on_device_ + count;
   return plan_.Send(bytes, stream());
+}
+
+class CudaBackend::Recorded final : public Repeated {
+ public:
+  Recorded(CudaBackend& backend, std::function<absl::Status()> issue) : backend_(backend), issue_(std::move(issue)) {}
+
+  absl::Status Run() override {
+    const std::optional<StepShape> shape = backend_.RecordableShape();
+    if (!shape.has_value()) return issue_();
+    if (graphs_.size() == kMostRecordings || moves_ != backend_.moves_) graphs_.clear();
+    moves_ = backend_.moves_;
+    const auto [place, is_new] = graphs_.try_emplace(*shape);
+    // The first time, memory grows and kernels are loaded, neither of which can be recorded.
+    if (is_new) return issue_();
+    RW_RETURN_IF_ERROR(backend_.Use());
+    if (place->second == nullptr) {
+      RW_ASSIGN_OR_RETURN(place->second, Record());
+    }
+    RW_CUDA(cudaGraphLaunch(place->second.get(), backend_.stream()));
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::StatusOr<GraphExecutable> Record() const {
+    RW_CUDA(cudaStreamBeginCapture(backend_.stream(), cudaStreamCaptureModeThreadLocal));
+    const absl::Status issued = issue_();
+    cudaGraph_t captured = nullptr;
+    const cudaError_t ended = cudaStreamEndCapture(backend_.stream(), &captured);
+    const Graph graph(captured);
+    RW_RETURN_IF_ERROR(issued);
+    RW_RETURN_IF_ERROR(CudaStatus(ended, "cudaStreamEndCapture"));
+    cudaGraphExec_t executable = nullptr;
+    RW_CUDA(cudaGraphInstantiate(&executable, graph.get(), 0));
+    return GraphExecutable(executable);
+  }
+
+  CudaBackend& backend_;
+  const std::function<absl::Status()> issue_;
+  std::map<StepShape, GraphExecutable> graphs_;  // null of a shape that came once
+  int64_t moves_ = 0;
+};
+
+std::unique_ptr<Repeated> CudaBackend::Repeat(std::function<absl::Status()> issue) {
+  return std::make_unique<Recorded>(*this, std::move(issue));
+}
+
+std::optional<StepShape> CudaBackend::RecordableShape() const {
+  const bool is_sent = tiles_of_ > 0 && angles_of_ != nullptr;  // ops will send nothing
+  if (!records_steps_ || !is_sent || step_.row_count() > kMostRecordedRows) return std::nullopt;
+  return StepShape{.row_count = step_.row_count(), .tile_count = std::ssize(tiles_), .split_bound = split_bound_};
 }
 
 absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
@@ -197,18 +325,20 @@ absl::Status CudaBackend::MatMul(float* y, const float* x, int64_t row_count, co
   return CudaStatus(cuda::MatMul(task, matrix.format(), stream()), "MatMul");
 }
 
-// The angles of the step's rows, once for all layers.
+void CudaBackend::CheckAngles(const RopeTable& rope) const {
+  RW_CHECK(rope.rotary_dim == 0 || step_.position_end() <= rope.position_count,
+           absl::StrCat("position ", step_.position_end() - 1, " of ", rope.position_count));
+}
+
 absl::Status CudaBackend::SendAngles(const RopeTable& rope) {
   if (angles_of_ == &rope) return absl::OkStatus();
-  const int64_t half = rope.rotary_dim / 2, count = step_.row_count();
-  const int64_t bytes = 2 * count * half * static_cast<int64_t>(sizeof(float));
-  RW_ASSIGN_OR_RETURN(std::byte * memory, angles_.Reserve(bytes));
-  auto* to = reinterpret_cast<float*>(memory);
-  for (const auto* table : {&rope.cos, &rope.sin}) {
-    for (int64_t row = 0; row < count; ++row) to = std::copy_n(table->data() + step_.position(row) * half, half, to);
-  }
-  RW_RETURN_IF_ERROR(angles_.Send(bytes, stream()));
+  CheckAngles(rope);
+  const int64_t bytes = step_.row_count() * (rope.rotary_dim / 2 * 2) * static_cast<int64_t>(sizeof(float));
+  RW_ASSIGN_OR_RETURN(std::byte * memory, other_angles_.Reserve(bytes));
+  WriteAngles(rope, reinterpret_cast<float*>(memory));
+  RW_RETURN_IF_ERROR(other_angles_.Send(bytes, stream()));
   angles_of_ = &rope;
+  angles_on_device_ = reinterpret_cast<const float*>(other_angles_.device());
   return absl::OkStatus();
 }
 
@@ -219,20 +349,16 @@ absl::Status CudaBackend::RopeAppend(float* qkv, const AttentionShape& shape, co
   CheckAttention(shape, pool, layer);
   CheckRope(shape, rope, observation);
   step_.CheckFits(pool);
-  RW_CHECK(rope.rotary_dim == 0 || step_.position_end() <= rope.position_count,
-           absl::StrCat("position ", step_.position_end() - 1, " of ", rope.position_count));
   RW_RETURN_IF_ERROR(SendAngles(rope));
   auto& kv = static_cast<CudaKvPool&>(pool);
   const int64_t count = step_.row_count();
-  const auto* plan = reinterpret_cast<const int32_t*>(plan_.device());
-  const auto* angles = reinterpret_cast<const float*>(angles_.device());
   const cuda::RopeAppendTask task{.qkv = qkv,
-                                  .cos = angles,
-                                  .sin = angles + count * (rope.rotary_dim / 2),
+                                  .cos = angles_on_device_,
+                                  .sin = angles_on_device_ + count * (rope.rotary_dim / 2),
                                   .q_norm = q_norm,
                                   .k_norm = k_norm,
-                                  .position = plan,
-                                  .block = plan + count,
+                                  .position = position_on_device_,
+                                  .block = block_on_device_,
                                   .kv = kv.Layer(layer),
                                   .row_count = count,
                                   .n_heads = shape.n_heads_local,
@@ -271,35 +397,20 @@ absl::Status CudaBackend::Observe(const float* qkv, const AttentionShape& shape,
 
 absl::Status CudaBackend::SendTiles(int group) {
   if (tiles_of_ == group) return absl::OkStatus();
-  tiles_.clear();
-  const StepRows& rows = step_.rows();
-  for (int32_t s = 0; s < rows.segment_count(); ++s) {
-    const int32_t vectors = (rows.row_begin[s + 1] - rows.row_begin[s]) * group;
-    for (int32_t v = 0; v < vectors; v += cuda::kTileVectors) {
-      tiles_.push_back({.row_begin = rows.row_begin[s],
-                        .first_position = rows.first_position[s],
-                        .table_begin = table_begin_[s],
-                        .vector_begin = v,
-                        .vector_count = std::min(cuda::kTileVectors, vectors - v)});
-    }
-  }
+  BuildTiles(group);
   const auto bytes = static_cast<int64_t>(tiles_.size() * sizeof(cuda::AttentionTile));
-  RW_ASSIGN_OR_RETURN(std::byte * memory, tiles_on_device_.Reserve(bytes));
-  if (bytes > 0) std::memcpy(memory, tiles_.data(), bytes);
-  RW_RETURN_IF_ERROR(tiles_on_device_.Send(bytes, stream()));
+  RW_ASSIGN_OR_RETURN(std::byte * memory, other_tiles_.Reserve(bytes));
+  std::ranges::copy(tiles_, reinterpret_cast<cuda::AttentionTile*>(memory));
+  RW_RETURN_IF_ERROR(other_tiles_.Send(bytes, stream()));
   tiles_of_ = group;
+  tiles_on_device_ = reinterpret_cast<const cuda::AttentionTile*>(other_tiles_.device());
   return absl::OkStatus();
 }
 
-int64_t CudaBackend::SplitCount(int32_t sliding_window, int group) const {
-  int64_t most = 0;
-  for (const cuda::AttentionTile& tile : tiles_) {
-    const int32_t first = tile.first_position + tile.vector_begin / group;
-    const int32_t last = tile.first_position + (tile.vector_begin + tile.vector_count - 1) / group;
-    const int32_t begin = sliding_window > 0 ? std::max(0, first - sliding_window + 1) : 0;
-    most = std::max<int64_t>(most, last / cuda::kSplitTokens - begin / cuda::kSplitTokens + 1);
-  }
-  return most;
+int64_t CudaBackend::SplitBound(int32_t sliding_window) const {
+  if (sliding_window <= 0) return split_bound_;
+  // A tile's rows are consecutive positions; the first sees furthest back.
+  return std::min<int64_t>(split_bound_, (sliding_window + cuda::kTileVectors) / cuda::kSplitTokens + 2);
 }
 
 absl::Status CudaBackend::Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
@@ -311,18 +422,19 @@ absl::Status CudaBackend::Attention(float* out, const float* qkv, const Attentio
   const int group = shape.n_heads_local / shape.n_kv_heads_local;
   RW_RETURN_IF_ERROR(SendTiles(group));
   const auto tile_count = static_cast<int64_t>(tiles_.size());
-  const int64_t splits = SplitCount(shape.sliding_window, group);
+  const int64_t splits = SplitBound(shape.sliding_window);
   const int64_t partials = step_.row_count() * shape.n_heads_local * splits * (4 + shape.head_dim);
   const bool is_by_split = splits > 1 && partials <= kMostPartials &&
                            tile_count * shape.n_kv_heads_local < kTilesPerMultiprocessor * multiprocessors_;
   if (is_by_split && partials > partials_capacity_) {
     RW_ASSIGN_OR_RETURN(partials_, AllocateDevice(partials * static_cast<int64_t>(sizeof(float))));
     partials_capacity_ = partials;
+    ++moves_;
   }
   const cuda::AttentionTask task{.out = out,
                                  .qkv = qkv,
-                                 .tables = reinterpret_cast<const int32_t*>(plan_.device()) + 2 * step_.row_count(),
-                                 .tiles = reinterpret_cast<const cuda::AttentionTile*>(tiles_on_device_.device()),
+                                 .tables = tables_on_device_,
+                                 .tiles = tiles_on_device_,
                                  .kv = kv.Layer(layer),
                                  .tile_count = static_cast<int32_t>(tile_count),
                                  .group = group,
@@ -394,7 +506,7 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& op
   }
   cudaStream_t stream = nullptr;
   RW_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  return std::make_unique<CudaBackend>(options.device, properties, Stream(stream));
+  return std::make_unique<CudaBackend>(options, properties, Stream(stream));
 }
 
 void* CudaStreamOf(const Backend& backend) { return static_cast<const CudaBackend&>(backend).stream(); }

@@ -12,13 +12,18 @@
 // and return before they are done; only CopyToHost and what reads results (SaturatedCounts, BlockBytes, an observation)
 // wait. Pointers in ops are device memory from Allocate.
 //
+// Repeat records steps of up to 64 rows in CUDA graphs, one for each shape of step (rows, tiles of attention, reach
+// of the longest context in powers of two) that comes a second time, and launches them from then on. The order
+// of sums is the same with and without.
+//
 // Numbers: products and sums are as exact as in f32 (kernels/cuda/matmul.cu and attention.cu derive their bounds), and
 // a row's bits depend on that row alone, whatever shares its step. K of a product is summed in a fixed order of its
 // own, not by SumTree, so degrees of tensor parallelism agree within the bound and not in every bit.
 namespace rankwise::kernels {
 
 struct CudaOptions {
-  int device = 0;  // as cudaSetDevice counts
+  int device = 0;            // as cudaSetDevice counts
+  bool records_steps = true;  // as CUDA graphs (Backend::Repeat)
 };
 
 // Unavailable without a driver or GPU, InvalidArgument for a device that is not there, FailedPrecondition for a GPU

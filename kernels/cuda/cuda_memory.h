@@ -34,6 +34,15 @@ struct StreamDestroy {
 };
 using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, StreamDestroy>;
 
+struct GraphDestroy {
+  void operator()(cudaGraph_t graph) const { cudaGraphDestroy(graph); }
+};
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, GraphDestroy>;
+struct GraphExecutableDestroy {
+  void operator()(cudaGraphExec_t executable) const { cudaGraphExecDestroy(executable); }
+};
+using GraphExecutable = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, GraphExecutableDestroy>;
+
 // Bytes that go to the device once a step, through pinned memory, without waiting for the stream. Both sides grow to
 // the largest step seen.
 class Staging {

@@ -67,6 +67,9 @@ void MultiplyFragments(Meeting& meeting);
 // Bytes that cudaMemcpyAsync has brought to the host so far, on any thread.
 int64_t BytesToHost();
 
+// Launches of graphs so far, on any thread.
+int64_t GraphLaunches();
+
 // Every allocation's guard bands are as they were, or which is not.
 std::string CheckAllocations();
 

@@ -201,5 +201,40 @@ TEST_F(EmulatorTest, MultipliesAsFragmentsSay) {
   }
 }
 
+__global__ void Double(const int* in, int* out) { out[threadIdx.x] = 2 * in[threadIdx.x]; }
+
+TEST_F(EmulatorTest, ReplaysWhatWasCaptured) {
+  std::vector<int> in(32, 5), out(32, 0), copy(32, 0);
+  ASSERT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  EXPECT_EQ(Run(Double, 32, in.data(), out.data()), "");
+  EXPECT_EQ(cudaMemcpyAsync(copy.data(), out.data(), 32 * sizeof(int), cudaMemcpyDeviceToDevice, stream_), cudaSuccess);
+  cudaGraph_t graph = nullptr;
+  ASSERT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
+  cudaGraphExec_t executable = nullptr;
+  ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  EXPECT_EQ(copy[0], 0) << "capturing does nothing";
+  for (const int value : {5, 8}) {
+    in.assign(32, value);
+    EXPECT_EQ(cudaGraphLaunch(executable, stream_), cudaSuccess);
+    EXPECT_EQ(copy, std::vector<int>(32, 2 * value));
+  }
+  EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  EXPECT_EQ(Run(Double, 32, copy.data(), out.data()), "") << "the stream does things at once again";
+  EXPECT_EQ(out[31], 32);
+}
+
+TEST_F(EmulatorTest, RefusesToWaitOrAllocateInACapture) {
+  ASSERT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(stream_), cudaErrorStreamCaptureUnsupported);
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaErrorStreamCaptureInvalidated);
+  void* memory = nullptr;
+  ASSERT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  EXPECT_EQ(cudaMalloc(&memory, 64), cudaErrorStreamCaptureUnsupported);
+  EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaErrorStreamCaptureInvalidated);
+  EXPECT_EQ(graph, nullptr);
+}
+
 }  // namespace
 }  // namespace rankwise::cuda_emulation

@@ -3,8 +3,12 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "tests/cuda_emulation/emulator.h"
@@ -45,9 +49,7 @@ bool IsIntact([[maybe_unused]] const unsigned char* begin, [[maybe_unused]] cons
 }
 
 thread_local std::string last_fault;
-std::atomic<int64_t> bytes_to_host{0};
-
-cudaError_t NeedsStream(cudaStream_t stream) { return stream ? cudaSuccess : cudaErrorInvalidValue; }
+std::atomic<int64_t> bytes_to_host{0}, graph_launches{0};
 
 }  // namespace
 
@@ -65,16 +67,55 @@ std::string CheckAllocations() {
 
 int64_t BytesToHost() { return bytes_to_host; }
 
-cudaError_t ReportLaunch(cudaStream_t stream, const std::string& fault) {
-  if (NeedsStream(stream) != cudaSuccess) return cudaErrorInvalidValue;
+int64_t GraphLaunches() { return graph_launches; }
+
+}  // namespace rankwise::cuda_emulation
+
+using namespace rankwise::cuda_emulation;
+
+struct CUgraph_st {
+  std::vector<std::function<std::string()>> works;
+};
+struct CUgraphExec_st {
+  CUgraph_st graph;
+};
+struct CUstream_st {
+  std::unique_ptr<CUgraph_st> captured;  // null: not capturing
+  bool is_broken = false;
+};
+
+namespace {
+
+thread_local cudaStream_t capturing = nullptr;  // the stream that this thread captures
+
+// What must not be called while this thread captures.
+cudaError_t NeedsNoCapture() {
+  if (capturing == nullptr) return cudaSuccess;
+  capturing->is_broken = true;
+  return cudaErrorStreamCaptureUnsupported;
+}
+
+cudaError_t NeedsStream(cudaStream_t stream) { return stream ? NeedsNoCapture() : cudaErrorInvalidValue; }
+
+cudaError_t Do(const std::function<std::string()>& work) {
+  const std::string fault = work();
   if (fault.empty()) return cudaSuccess;
   last_fault = fault;
   return cudaErrorLaunchFailure;
 }
 
-}  // namespace rankwise::cuda_emulation
+}  // namespace
 
-using namespace rankwise::cuda_emulation;
+namespace rankwise::cuda_emulation {
+
+cudaError_t Issue(cudaStream_t stream, std::function<std::string()> work) {
+  if (stream == nullptr) return cudaErrorInvalidValue;
+  if (stream->captured == nullptr) return Do(work);
+  stream->captured->works.push_back(std::move(work));
+  return cudaSuccess;
+}
+
+}  // namespace rankwise::cuda_emulation
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -84,6 +125,10 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorLaunchFailure:
       return last_fault.c_str();
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
     default:
       return "invalid argument";
   }
@@ -101,11 +146,11 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = reinterpret_cast<cudaStream_t>(new char);
+  *stream = new CUstream_st;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  delete reinterpret_cast<char*>(stream);
+  delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return NeedsStream(stream); }
@@ -118,9 +163,50 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return NeedsStream(stream); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return NeedsNoCapture(); }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (const cudaError_t error = NeedsStream(stream); error != cudaSuccess) return error;
+  stream->captured = std::make_unique<CUgraph_st>();
+  capturing = stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = nullptr;
+  if (stream != capturing || stream == nullptr) return cudaErrorInvalidValue;
+  capturing = nullptr;
+  const std::unique_ptr<CUgraph_st> captured = std::move(stream->captured);
+  if (std::exchange(stream->is_broken, false)) return cudaErrorStreamCaptureInvalidated;
+  *graph = new CUgraph_st(*captured);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = stream->captured == nullptr ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  *executable = new CUgraphExec_st{*graph};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  delete executable;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  if (const cudaError_t error = NeedsStream(stream); error != cudaSuccess) return error;
+  ++graph_launches;
+  for (const auto& work : executable->graph.works) {
+    if (const cudaError_t error = Do(work); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (const cudaError_t error = NeedsNoCapture(); error != cudaSuccess) return error;
   const size_t whole = RoundUp(bytes, kGuardBytes) + 2 * kGuardBytes;
   auto* begin = static_cast<unsigned char*>(std::aligned_alloc(kGuardBytes, whole));
   if (begin == nullptr) return cudaErrorMemoryAllocation;
@@ -137,6 +223,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
+  if (const cudaError_t error = NeedsNoCapture(); error != cudaSuccess) return error;
   const std::string fault = CheckAllocations();
   auto* begin = static_cast<unsigned char*>(memory) - kGuardBytes;
   {
@@ -159,11 +246,15 @@ cudaError_t cudaFreeHost(void* memory) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  if (kind == cudaMemcpyDeviceToHost) bytes_to_host += static_cast<int64_t>(bytes);
-  if (bytes > 0) std::memcpy(to, from, bytes);
-  return NeedsStream(stream);
+  return Issue(stream, [=] {
+    if (kind == cudaMemcpyDeviceToHost) bytes_to_host += static_cast<int64_t>(bytes);
+    if (bytes > 0) std::memcpy(to, from, bytes);
+    return "";
+  });
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
-  if (bytes > 0) std::memset(memory, value, bytes);
-  return NeedsStream(stream);
+  return Issue(stream, [=] {
+    if (bytes > 0) std::memset(memory, value, bytes);
+    return "";
+  });
 }

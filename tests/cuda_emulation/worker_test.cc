@@ -122,6 +122,36 @@ TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
   for (const auto& [id, result] : results) EXPECT_EQ(result.tokens, expected.at(id).tokens);
 }
 
+// Recorded steps do what issued ones do, also when a batch shrinks.
+TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
+  engine::RankOptions options;
+  options.model_dir = SourcePath("launch/demo_model");
+  options.kv = "int8-online";
+  options.max_tokens = 64;
+  options.max_running = 3;
+  options.max_step_rows = 64;
+  std::vector<Request> requests;
+  for (const int length : {30, 3, 9}) {
+    Request request{.id = SequenceId{requests.size() + 1}};
+    for (int t = 0; t < length; ++t) request.prompt.push_back(3 + (t * 89 + length) % 2000);
+    request.sampling = {.max_tokens = length == 9 ? 5 : 10, .temperature = 0, .ignore_eos = true, .logprobs = 1};
+    requests.push_back(std::move(request));
+  }
+  std::map<SequenceId, Result> results[2];
+  int64_t launches[2];
+  for (const bool records : {false, true}) {
+    auto group = ThreadGroup::Start(
+        options, 1, [&](int) { return kernels::CreateCudaBackend({.device = 0, .records_steps = records}); });
+    ASSERT_TRUE(group.ok()) << group.status();
+    const int64_t before = cuda_emulation::GraphLaunches();
+    results[records] = RunAll((*group)->engine(), requests);
+    launches[records] = cuda_emulation::GraphLaunches() - before;
+  }
+  EXPECT_EQ(results[0], results[1]);
+  EXPECT_EQ(launches[0], 0);
+  EXPECT_GE(launches[1], 4);
+}
+
 std::string NameOf(const ::testing::TestParamInfo<const char*>& info) {
   std::string name = info.param;
   std::erase(name, '-');

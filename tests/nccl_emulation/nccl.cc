@@ -1,11 +1,14 @@
+#include <cuda_runtime.h>
 #include <nccl.h>
 
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "tests/nccl_emulation/nccl_emulation.h"
@@ -150,16 +153,45 @@ ncclResult_t ncclCommWindowRegister(ncclComm_t comm, void*, size_t bytes, ncclWi
   return comm->Post({.name = "ncclCommWindowRegister", .count = bytes});
 }
 
-ncclResult_t ncclAllGather(const void* send, void* receive, size_t count, ncclDataType_t type, ncclComm_t comm,
-                           cudaStream_t) {
+namespace {
+
+// What a graph does when it is launched: waits for the other ranks' graphs.
+std::string Replay(ncclComm_t comm, const Call& call) {
+  constexpr std::chrono::seconds kPatience(20);
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  {
+    const std::lock_guard lock(mutex);
+    if (comm->Post(call) != ncclInProgress) return std::string(call.name) + " cannot be done again";
+  }
+  for (; std::chrono::steady_clock::now() < deadline; std::this_thread::yield()) {
+    const std::lock_guard lock(mutex);
+    if (comm->group->calls[comm->rank].name == nullptr) return "";
+  }
+  return std::string(call.name) + " waits for a graph that is not launched";
+}
+
+ncclResult_t Exchange(const Call& call, ncclDataType_t type, ncclComm_t comm, cudaStream_t stream) {
   if (type != ncclFloat) return ncclInvalidArgument;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) return ncclUnhandledCudaError;
+  if (status == cudaStreamCaptureStatusActive) {
+    rankwise::cuda_emulation::Issue(stream, [comm, call] { return Replay(comm, call); });
+    return ncclInProgress;
+  }
   const std::lock_guard lock(mutex);
-  return comm->Post({"ncclAllGather", static_cast<const char*>(send), static_cast<char*>(receive), count});
+  return comm->Post(call);
+}
+
+}  // namespace
+
+ncclResult_t ncclAllGather(const void* send, void* receive, size_t count, ncclDataType_t type, ncclComm_t comm,
+                           cudaStream_t stream) {
+  return Exchange({"ncclAllGather", static_cast<const char*>(send), static_cast<char*>(receive), count}, type, comm,
+                  stream);
 }
 
 ncclResult_t ncclAlltoAll(const void* send, void* receive, size_t count, ncclDataType_t type, ncclComm_t comm,
-                          cudaStream_t) {
-  if (type != ncclFloat) return ncclInvalidArgument;
-  const std::lock_guard lock(mutex);
-  return comm->Post({"ncclAlltoAll", static_cast<const char*>(send), static_cast<char*>(receive), count});
+                          cudaStream_t stream) {
+  return Exchange({"ncclAlltoAll", static_cast<const char*>(send), static_cast<char*>(receive), count}, type, comm,
+                  stream);
 }

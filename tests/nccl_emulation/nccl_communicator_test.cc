@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <random>
@@ -33,10 +34,14 @@ struct DeviceFloats {
 
 class NcclCommunicatorTest : public testing::Test {
  protected:
-  void SetUp() override { ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess); }
+  void SetUp() override {
+    for (cudaStream_t& stream : streams_) {
+      ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    }
+  }
   void TearDown() override {
     EXPECT_EQ(nccl_emulation::LiveCommunicators(), 0);
-    EXPECT_EQ(cudaStreamDestroy(stream_), cudaSuccess);
+    for (const cudaStream_t stream : streams_) EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
     nccl_emulation::FailCall(0, ncclSuccess);
   }
 
@@ -47,7 +52,7 @@ class NcclCommunicatorTest : public testing::Test {
     std::vector<std::jthread> threads;
     for (int rank = 0; rank < 2; ++rank) {
       threads.emplace_back([&, rank] {
-        const auto group = CreateNcclCommunicator(*hosts[rank], rank, stream_, start);
+        const auto group = CreateNcclCommunicator(*hosts[rank], rank, streams_[rank], start);
         started[rank] = group.status();
         if (group.ok()) body(**group);
       });
@@ -56,7 +61,7 @@ class NcclCommunicatorTest : public testing::Test {
     return started;
   }
 
-  cudaStream_t stream_ = nullptr;
+  std::array<cudaStream_t, 2> streams_{};  // of each rank
 };
 
 TEST_F(NcclCommunicatorTest, AnErrorOfNcclIsNamedAndIsEveryLaterCalls) {
@@ -116,6 +121,36 @@ TEST_F(NcclCommunicatorTest, ALostHostEndsNcclToo) {
   });
 }
 
+// Of one exchange and of two, in one graph.
+TEST_F(NcclCommunicatorTest, SumsAreRecordedAndDoneAgain) {
+  RunTwo([&](Communicator& group) {
+    const cudaStream_t stream = streams_[group.rank()];
+    ASSERT_TRUE(group.has_repeatable_sums());
+    DeviceFloats few(7), many(70'002);
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    EXPECT_EQ(group.AllReduceSum(few.values, kTimeout), absl::OkStatus());
+    EXPECT_EQ(group.AllReduceSum(many.values, kTimeout), absl::OkStatus());
+    cudaGraph_t graph = nullptr;
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    cudaGraphExec_t executable = nullptr;
+    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    for (const int round : {1, 2, 3}) {
+      for (const auto values : {few.values, many.values}) {
+        for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i % 100 * round + group.rank());
+      }
+      ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+      ASSERT_EQ(group.Wait(kTimeout), absl::OkStatus());
+      for (const auto values : {few.values, many.values}) {
+        for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(values[i], 2 * (i % 100 * round) + 1) << i;
+      }
+      // Nobody writes what the other still reads.
+      ASSERT_EQ(group.Barrier(kTimeout), absl::OkStatus());
+    }
+    EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  });
+}
+
 float TreeSum(std::span<const float> parts) {
   if (parts.size() == 1) return parts[0];
   const size_t split = std::bit_floor(parts.size() - 1);
@@ -132,7 +167,7 @@ TEST_F(NcclCommunicatorTest, PartsAreAddedInTheOrderOfTheTree) {
       for (float& value : parts.values)
         value = std::ldexp(static_cast<float>(random() | 1), static_cast<int>(random() % 32));
       std::ranges::fill(sum.values, 42.0f);
-      ASSERT_EQ(SumParts(sum.values.data(), parts.values.data() + offset, part_count, stride, count, stream_),
+      ASSERT_EQ(SumParts(sum.values.data(), parts.values.data() + offset, part_count, stride, count, streams_[0]),
                 cudaSuccess);
       for (int i = 0; i < count; ++i) {
         std::vector<float> column;

@@ -39,6 +39,10 @@ class Communicator {
   // then comes in the order of the device's stream; an error on the way there is the next call's.
   virtual absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) = 0;
 
+  // Whether sums of several ranks are work of a device's stream alone, which can be recorded there and done again
+  // (Backend::Repeat).
+  virtual bool has_repeatable_sums() const { return false; }
+
   // Until all sums called for are made, and all else that this rank's device was given before. Not collective. To be
   // called before anything else waits for the device, which a lost peer would make endless: this call has a deadline.
   virtual absl::Status Wait(absl::Duration /*timeout*/) { return absl::OkStatus(); }

@@ -57,6 +57,7 @@ class NcclCommunicator final : public Communicator {
   std::string Description() const override { return absl::StrCat("nccl, ", size_, " ranks"); }
   void EnterStep(uint64_t step) override { host_.EnterStep(step); }
 
+  bool has_repeatable_sums() const override { return true; }
   absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) override;
   absl::Status Wait(absl::Duration timeout) override;
 

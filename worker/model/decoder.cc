@@ -54,6 +54,10 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const weights::Checkpoi
   auto decoder = std::unique_ptr<Decoder>(new Decoder(checkpoint.config(), plan, backend, communicator, options));
   RW_RETURN_IF_ERROR(decoder->Load(checkpoint));
   RW_RETURN_IF_ERROR(decoder->TakeBuffers());
+  const bool has_repeatable_sums = communicator.size() == 1 || communicator.has_repeatable_sums();
+  if (has_repeatable_sums && !options.observes) {
+    decoder->repeated_layers_ = backend.Repeat([raw = decoder.get()] { return raw->RunLayers(); });
+  }
   return decoder;
 }
 
@@ -194,13 +198,22 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
   RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
   // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
   RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
-  RW_RETURN_IF_ERROR(backend_.BeginStep(rows));
+  kernels::StepRows step = rows;
+  step.rope = &rope_;
+  step.query_group = attention_.n_heads_local / attention_.n_kv_heads_local;
+  RW_RETURN_IF_ERROR(backend_.BeginStep(step));
   RW_RETURN_IF_ERROR(backend_.Embed(embedding_, x_.get()));
-  RW_RETURN_IF_ERROR(backend_.RmsNorm(normed_.get(), x_.get(), layers_.front().attention_norm.get(),
-                                      config_.hidden_size, config_.rms_norm_eps));
-  for (int i = 0; i < config_.n_layers; ++i) RW_RETURN_IF_ERROR(RunLayer(i, rows.row_count()));
+  row_count_ = rows.row_count();
+  RW_RETURN_IF_ERROR(repeated_layers_ == nullptr ? RunLayers() : repeated_layers_->Run());
   observed_rows_ += rows.row_count();
   return EmitLogits(logit_rows, sink);
+}
+
+absl::Status Decoder::RunLayers() {
+  RW_RETURN_IF_ERROR(backend_.RmsNorm(normed_.get(), x_.get(), layers_.front().attention_norm.get(),
+                                      config_.hidden_size, config_.rms_norm_eps));
+  for (int i = 0; i < config_.n_layers; ++i) RW_RETURN_IF_ERROR(RunLayer(i, row_count_));
+  return absl::OkStatus();
 }
 
 // Reads `normed`, leaves the next layer's input (or the output matrix's) there.

@@ -80,6 +80,7 @@ class Decoder {
   absl::Status LoadLayer(const weights::Checkpoint& checkpoint, int index);
   absl::Status TakeBuffers();
   absl::StatusOr<kernels::Backend::Floats> Upload(const std::vector<float>& host);
+  absl::Status RunLayers();  // of the step of row_count_ rows
   absl::Status RunLayer(int index, int32_t row_count);
   absl::Status ReduceDelta(int32_t row_count);
   // Adds the squares of x [row_count, sums.size()]; nothing unless observes.
@@ -106,6 +107,8 @@ class Decoder {
   std::vector<kernels::KvObservation> observations_;
   std::vector<InputObservation> input_observations_;
   int64_t observed_rows_ = 0;
+  std::unique_ptr<kernels::Repeated> repeated_layers_;  // null: not repeatable
+  int32_t row_count_ = 0;
 
   // Activations, [max_rows, …]: x the residual stream, normed the input of the next matmul, delta its contribution to
   // x.

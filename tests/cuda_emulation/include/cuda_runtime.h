@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <string>
 
 #include "tests/cuda_emulation/emulator.h"
@@ -37,8 +38,9 @@ struct alignas(16) float4 {
 
 namespace rankwise::cuda_emulation {
 
-// What a launch returns: `fault` is kept for cudaGetErrorString.
-cudaError_t ReportLaunch(cudaStream_t stream, const std::string& fault);
+// Does `work` in order with the stream: now, or whenever the graph that the stream is captured into is launched. `work`
+// returns "" or a fault, which is kept for cudaGetErrorString.
+cudaError_t Issue(cudaStream_t stream, std::function<std::string()> work);
 
 // Every lane's value to all lanes, then `choose(lane, values)`.
 template <typename T, typename Choose>

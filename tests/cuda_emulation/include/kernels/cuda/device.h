@@ -21,13 +21,15 @@ cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_
     std::tuple<Parameters...> arguments;
   };
   const Call call{kernel, {static_cast<Parameters>(arguments)...}};
-  return cuda_emulation::ReportLaunch(stream, cuda_emulation::RunGrid(
-                                                  {grid.x, grid.y, grid.z}, threads, shared_bytes,
-                                                  [](const void* context) {
-                                                    const Call& made = *static_cast<const Call*>(context);
-                                                    std::apply(made.kernel, made.arguments);
-                                                  },
-                                                  &call));
+  return cuda_emulation::Issue(stream, [=] {
+    return cuda_emulation::RunGrid(
+        {grid.x, grid.y, grid.z}, threads, shared_bytes,
+        [](const void* context) {
+          const Call& made = *static_cast<const Call*>(context);
+          std::apply(made.kernel, made.arguments);
+        },
+        &call);
+  });
 }
 
 // A word of shared memory; reading and writing go through the emulator.
