@@ -225,6 +225,11 @@ class Backend {
   // Makes `rows` the current step. The ops below work on its rows; row counts are implied.
   virtual absl::Status BeginStep(const StepRows& rows) = 0;
 
+  // For profilers: the ops that follow are of this layer; of none, and then of no step.
+  virtual void EnterLayer(int /*layer*/) {}
+  virtual void LeaveLayers() {}
+  virtual void EndStep() {}
+
   // Ops that come again in every step. `issue` issues them for the current step; where Run did so for as many rows
   // before, it may do the same again without asking. So `issue` must issue the same ops with the same arguments for as
   // many rows, and nothing that waits.

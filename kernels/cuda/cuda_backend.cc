@@ -20,6 +20,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/kv_layout.h"
+#include "kernels/cuda/profiler_range.h"
 #include "kernels/kv_histogram.h"
 #include "kernels/preconditions.h"
 
@@ -94,6 +95,15 @@ class CudaBackend : public Backend {
   }
 
   absl::Status BeginStep(const StepRows& rows) override;
+  void EnterLayer(int layer) override {
+    layer_range_.reset();
+    layer_range_.emplace(absl::StrCat("layer ", layer).c_str());
+  }
+  void LeaveLayers() override { layer_range_.reset(); }
+  void EndStep() override {
+    layer_range_.reset();
+    step_range_.reset();
+  }
   std::unique_ptr<Repeated> Repeat(std::function<absl::Status()> issue) override;
 
   absl::Status Embed(const EmbeddingTable& table, float* x) override;
@@ -116,6 +126,7 @@ class CudaBackend : public Backend {
   absl::Status Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
                          int layer) override;
   absl::Status SiluMul(float* out, const float* gate_up, int64_t width) override {
+    const ProfilerRange range("SiluMul");
     RW_RETURN_IF_ERROR(Use());
     return CudaStatus(cuda::SiluMul(out, gate_up, step_.row_count(), width, stream()), "SiluMul");
   }
@@ -131,9 +142,11 @@ class CudaBackend : public Backend {
   // Ops may come from any thread, and CUDA's current device is each thread's own.
   absl::Status Use() const { return CudaStatus(cudaSetDevice(device_), "cudaSetDevice"); }
   absl::Status Norm(cuda::NormTask task) {
+    const char* name = task.weight ? "RmsNorm" : "Add";
+    const ProfilerRange range(name);
     RW_RETURN_IF_ERROR(Use());
     task.row_count = step_.row_count();
-    return CudaStatus(cuda::AddAndNorm(task, stream()), task.weight ? "RmsNorm" : "Add");
+    return CudaStatus(cuda::AddAndNorm(task, stream()), name);
   }
   // Of the step's rows: cos [rows, half], then sin.
   void WriteAngles(const RopeTable& rope, float* to) const;
@@ -166,6 +179,9 @@ class CudaBackend : public Backend {
   int64_t split_bound_ = 0;
 
   int64_t moves_ = 0;  // of memory that launches name
+
+  int64_t step_count_ = 0;
+  std::optional<ProfilerRange> step_range_, layer_range_;
 
   Staging embeddings_, picked_, rules_;
   ReadBack drawn_;
@@ -207,6 +223,8 @@ void CudaBackend::BuildTiles(int group) {
 absl::Status CudaBackend::BeginStep(const StepRows& rows) {
   RW_RETURN_IF_ERROR(Use());
   step_.Build(rows);
+  EndStep();
+  step_range_.emplace(absl::StrCat("step ", ++step_count_, ", ", rows.row_count(), " rows").c_str());
   angles_of_ = rows.rope;
   tiles_of_ = rows.query_group;
   const int64_t count = step_.row_count();
@@ -297,6 +315,7 @@ std::optional<StepShape> CudaBackend::RecordableShape() const {
 }
 
 absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
+  const ProfilerRange range("Embed");
   RW_RETURN_IF_ERROR(Use());
   RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
   const int64_t row_bytes = table.cols * DTypeBytes(table.dtype), pitch = (row_bytes + 15) / 16 * 16;
@@ -314,6 +333,7 @@ absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
 
 absl::Status CudaBackend::MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
                                  const float* bias) {
+  const ProfilerRange range("MatMul");
   RW_RETURN_IF_ERROR(Use());
   const auto& matrix = static_cast<const CudaMatrix&>(weights);
   cuda::MatMulTask task = matrix.Task();
@@ -345,6 +365,7 @@ absl::Status CudaBackend::SendAngles(const RopeTable& rope) {
 absl::Status CudaBackend::RopeAppend(float* qkv, const AttentionShape& shape, const RopeTable& rope,
                                      const float* q_norm, const float* k_norm, float norm_eps, KvPool& pool, int layer,
                                      KvObservation* observation) {
+  const ProfilerRange range("RopeAppend");
   RW_RETURN_IF_ERROR(Use());
   CheckAttention(shape, pool, layer);
   CheckRope(shape, rope, observation);
@@ -415,6 +436,7 @@ int64_t CudaBackend::SplitBound(int32_t sliding_window) const {
 
 absl::Status CudaBackend::Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
                                     int layer) {
+  const ProfilerRange range("Attention");
   RW_RETURN_IF_ERROR(Use());
   CheckAttention(shape, pool, layer);
   step_.CheckFits(pool);
@@ -448,6 +470,7 @@ absl::Status CudaBackend::Attention(float* out, const float* qkv, const Attentio
 }
 
 absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) {
+  const ProfilerRange range("PickRows");
   RW_RETURN_IF_ERROR(Use());
   const auto bytes = static_cast<int64_t>(picked.size_bytes());
   RW_ASSIGN_OR_RETURN(std::byte * memory, picked_.Reserve(bytes));
@@ -464,6 +487,7 @@ absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const i
 
 absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
                                int32_t vocab_size) {
+  const ProfilerRange range("Draw");
   RW_CHECK(ids.size() == rules.size() && vocab_size > 0 && vocab_size <= 1 << kMostVocabularyBits);
   if (rules.empty()) return absl::OkStatus();
   RW_RETURN_IF_ERROR(Use());

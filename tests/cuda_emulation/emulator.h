@@ -67,6 +67,12 @@ void MultiplyFragments(Meeting& meeting);
 // Bytes that cudaMemcpyAsync has brought to the host so far, on any thread.
 int64_t BytesToHost();
 
+// A profiler's: how many ranges this thread was in before the call, -1 for one too many left. And all that it entered
+// since the last TakeRanges, each with those around it: "step 1, 3 rows/layer 0/MatMul".
+int EnterRange(const char* name);
+int LeaveRange();
+std::vector<std::string> TakeRanges();
+
 // Launches of graphs so far, on any thread.
 int64_t GraphLaunches();
 

@@ -49,6 +49,7 @@ bool IsIntact([[maybe_unused]] const unsigned char* begin, [[maybe_unused]] cons
 }
 
 thread_local std::string last_fault;
+thread_local std::vector<std::string> open_ranges, ranges;
 std::atomic<int64_t> bytes_to_host{0}, graph_launches{0};
 
 }  // namespace
@@ -66,6 +67,20 @@ std::string CheckAllocations() {
 }
 
 int64_t BytesToHost() { return bytes_to_host; }
+
+int EnterRange(const char* name) {
+  const int depth = static_cast<int>(open_ranges.size());
+  open_ranges.push_back(depth == 0 ? name : absl::StrCat(open_ranges.back(), "/", name));
+  ranges.push_back(open_ranges.back());
+  return depth;
+}
+int LeaveRange() {
+  const int depth = static_cast<int>(open_ranges.size());
+  if (depth == 0) return -1;
+  open_ranges.pop_back();
+  return depth;
+}
+std::vector<std::string> TakeRanges() { return std::exchange(ranges, {}); }
 
 int64_t GraphLaunches() { return graph_launches; }
 

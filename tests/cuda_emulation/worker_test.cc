@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "tests/cuda_emulation/emulator.h"
 #include "tests/support/test_data.h"
@@ -150,6 +151,37 @@ TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
   EXPECT_EQ(results[0], results[1]);
   EXPECT_EQ(launches[0], 0);
   EXPECT_GE(launches[1], 4);
+}
+
+// The first steps of a model of two layers, as a profiler shows them.
+TEST(CudaProfilerTest, ShowsStepsLayersAndOps) {
+  engine::RankOptions options;
+  options.model_dir = SourcePath("launch/demo_model");
+  options.kv = "f16";
+  options.max_tokens = 64;
+  options.max_drafts = 0;
+  auto group = ThreadGroup::Start(options, 1, [](int) { return kernels::CreateCudaBackend({}); });
+  ASSERT_TRUE(group.ok()) << group.status();
+  const Request request{
+      .id = SequenceId{1}, .prompt = {5, 6, 7}, .sampling = {.max_tokens = 4, .temperature = 0, .ignore_eos = true}};
+  cuda_emulation::TakeRanges();
+  RunAlone((*group)->engine(), request);
+  const std::vector<std::string> ranges = cuda_emulation::TakeRanges();
+  std::vector<std::string> of_prompt = {"", "/Embed", "/RmsNorm"};
+  for (int layer = 0; layer < (*group)->rank().decoder->config().n_layers; ++layer) {
+    for (const char* op : {"", "/MatMul", "/RopeAppend", "/Attention", "/MatMul", "/RmsNorm", "/MatMul", "/SiluMul",
+                           "/MatMul", "/RmsNorm"}) {
+      of_prompt.push_back(absl::StrCat("/layer ", layer, op));
+    }
+  }
+  for (const char* op : {"/PickRows", "/MatMul", "/Draw"}) of_prompt.push_back(op);
+  for (std::string& name : of_prompt) name = absl::StrCat("step 1, 3 rows", name);
+  ASSERT_GT(ranges.size(), of_prompt.size());
+  EXPECT_EQ(std::vector(ranges.begin(), ranges.begin() + std::ssize(of_prompt)), of_prompt);
+  EXPECT_EQ(std::vector(ranges.end() - 5, ranges.end()),
+            (std::vector<std::string>{"step 4, 1 rows", "step 4, 1 rows/Embed", "step 4, 1 rows/PickRows",
+                                      "step 4, 1 rows/MatMul", "step 4, 1 rows/Draw"}));
+  EXPECT_EQ(cuda_emulation::LeaveRange(), -1) << "all are left";
 }
 
 std::string NameOf(const ::testing::TestParamInfo<const char*>& info) {

@@ -206,13 +206,19 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
   row_count_ = rows.row_count();
   RW_RETURN_IF_ERROR(repeated_layers_ == nullptr ? RunLayers() : repeated_layers_->Run());
   observed_rows_ += rows.row_count();
-  return EmitLogits(logit_rows, sink);
+  RW_RETURN_IF_ERROR(EmitLogits(logit_rows, sink));
+  backend_.EndStep();
+  return absl::OkStatus();
 }
 
 absl::Status Decoder::RunLayers() {
   RW_RETURN_IF_ERROR(backend_.RmsNorm(normed_.get(), x_.get(), layers_.front().attention_norm.get(),
                                       config_.hidden_size, config_.rms_norm_eps));
-  for (int i = 0; i < config_.n_layers; ++i) RW_RETURN_IF_ERROR(RunLayer(i, row_count_));
+  for (int i = 0; i < config_.n_layers; ++i) {
+    backend_.EnterLayer(i);
+    RW_RETURN_IF_ERROR(RunLayer(i, row_count_));
+  }
+  backend_.LeaveLayers();
   return absl::OkStatus();
 }
 
