@@ -158,6 +158,8 @@ class KvPool {
   virtual std::vector<std::byte> BlockBytes(int layer, int32_t block) const = 0;
 };
 
+struct RopeTable;
+
 // The rows of one step. Segment s covers rows [row_begin[s], row_begin[s + 1]) which are consecutive positions
 // first_position[s], first_position[s] + 1, ... of one request, whose position p lives in block
 // block_table[s][p / kKvBlockTokens] at slot p % kKvBlockTokens. Borrowed until the step's last op.
@@ -166,9 +168,9 @@ struct StepRows {
   std::span<const int32_t> row_begin;                     // [segments + 1]
   std::span<const int32_t> first_position;                // [segments]
   std::span<const std::span<const int32_t>> block_table;  // [segments]
-  // What the step's RopeAppend and Attention will ask for, so that a device gets it with the rest; each op sends its own
-  // where it is not said.
-  const struct RopeTable* rope = nullptr;
+  // What the step's RopeAppend and Attention will ask for, so that a device gets it with the rest; each op sends its
+  // own where it is not said.
+  const RopeTable* rope = nullptr;
   int32_t query_group = 0;  // query heads of a KV head
   int32_t row_count() const { return static_cast<int32_t>(tokens.size()); }
   int32_t segment_count() const { return static_cast<int32_t>(first_position.size()); }

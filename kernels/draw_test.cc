@@ -85,8 +85,8 @@ TEST_P(DrawTest, OfTiesTakesTheLowestIds) {
 TEST_P(DrawTest, HasAnAnswerForEveryRow) {
   const float lowest = std::numeric_limits<float>::lowest(), highest = std::numeric_limits<float>::max();
   const std::vector<std::vector<float>> rows = {
-      {kNaN, -kInfinity, 2, kNaN}, {kNaN, -kInfinity, kNaN, -kInfinity}, {highest, kInfinity, lowest, kInfinity},
-      {lowest, lowest, highest, lowest}, {-kNaN, lowest, lowest, kNaN}, {0.0f, -0.0f, -0.0f, 0.0f}};
+      {kNaN, -kInfinity, 2, kNaN},       {kNaN, -kInfinity, kNaN, -kInfinity}, {highest, kInfinity, lowest, kInfinity},
+      {lowest, lowest, highest, lowest}, {-kNaN, lowest, lowest, kNaN},        {0.0f, -0.0f, -0.0f, 0.0f}};
   for (const DrawRule& rule :
        {DrawRule{.temperature = 0}, DrawRule{.uniform = 0.7}, DrawRule{.uniform = 1 - 0x1p-53, .top_k = 3},
         DrawRule{.uniform = 0.4, .top_p = 0x1p-126f}, DrawRule{.uniform = 0.9, .temperature = 1e-30f, .min_p = 1}}) {

@@ -25,7 +25,6 @@ std::unique_ptr<Repeated> Backend::Repeat(std::function<absl::Status()> issue) {
   return std::make_unique<IssuedAnew>(std::move(issue));
 }
 
-
 int64_t DTypeBytes(DType dtype) {
   RW_CHECK(!IsGrouped(dtype), DTypeName(dtype));
   return dtype == DType::kF32 ? 4 : 2;

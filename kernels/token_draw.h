@@ -8,10 +8,10 @@
 
 namespace rankwise::kernels {
 
-// Draws tokens from rows of logits, on the host. Keeps scratch of vocabulary size, so one per thread. The result depends
-// on the arguments alone: the same bits on every platform that rounds IEEE. So exp and log are ours, because those of
-// libm differ by version and instruction set, and probabilities are integers, whose sums have no order. That is why
-// every backend's Draw can give the same tokens, in whatever order it adds.
+// Draws tokens from rows of logits, on the host. Keeps scratch of vocabulary size, so one per thread. The result
+// depends on the arguments alone: the same bits on every platform that rounds IEEE. So exp and log are ours, because
+// those of libm differ by version and instruction set, and probabilities are integers, whose sums have no order. That
+// is why every backend's Draw can give the same tokens, in whatever order it adds.
 class TokenDraw {
  public:
   explicit TokenDraw(int32_t vocab_size);

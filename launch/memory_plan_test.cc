@@ -181,7 +181,9 @@ TEST(MemoryPlanTest, IsWhatARankAllocates) {
     for (int b = 0; b < 32; ++b) step.segments[0].new_blocks.push_back(b);
     const engine::Executor::TokenSink draws{.rule_of = [](auto...) { return kernels::DrawRule(); },
                                             .take = [](auto...) { return absl::OkStatus(); }};
-    ASSERT_EQ(rank->executor->Execute(step, [](auto...) { return absl::OkStatus(); }, draws), absl::OkStatus());
+    ASSERT_EQ(rank->executor->Execute(
+                  step, [](auto...) { return absl::OkStatus(); }, draws),
+              absl::OkStatus());
     const int64_t taken = HeapBytes() - before;
 
     const MemoryOptions same = {

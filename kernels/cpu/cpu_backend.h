@@ -91,10 +91,10 @@ class CpuBackend : public Backend {
   StepIndex step_;
   std::vector<RowTile> tiles_;
   std::vector<TileSplit> tile_splits_;
-  Scratch matmul_scratch_;     // [threads, kMatMulScratch]
-  Scratch tiled_rows_;         // rows of one block of a matmul, by tiles: floats, words or QuantizedRows
-  Scratch attention_scratch_;  // [threads]: two states, then AttentionScratchFloats
-  Scratch partials_;           // states [tile splits, KV heads]
+  Scratch matmul_scratch_;        // [threads, kMatMulScratch]
+  Scratch tiled_rows_;            // rows of one block of a matmul, by tiles: floats, words or QuantizedRows
+  Scratch attention_scratch_;     // [threads]: two states, then AttentionScratchFloats
+  Scratch partials_;              // states [tile splits, KV heads]
   std::vector<TokenDraw> draws_;  // [threads], of the latest vocabulary
 };
 

@@ -34,7 +34,7 @@ constexpr int64_t kMostPartials = int64_t{16} << 20;
 
 // Steps beyond so many rows compute longer than they take to issue, and come in too many shapes.
 constexpr int32_t kMostRecordedRows = 64;
-constexpr size_t kMostRecordings = 256;
+constexpr size_t kMostRecordings = 128;
 
 // All that the launches of a step depend on beside the numbers in device memory.
 struct StepShape {
@@ -48,8 +48,8 @@ class CudaBackend : public Backend {
       : device_(options.device),
         records_steps_(options.records_steps),
         multiprocessors_(properties.multiProcessorCount),
-        description_(absl::StrCat("cuda ", options.device, ": ", properties.name, ", sm_", properties.major, properties.minor,
-                                  ", ", properties.multiProcessorCount, " multiprocessors")),
+        description_(absl::StrCat("cuda ", options.device, ": ", properties.name, ", sm_", properties.major,
+                                  properties.minor, ", ", properties.multiProcessorCount, " multiprocessors")),
         stream_(std::move(stream)),
         team_(ThreadTeam::AllowedCpuCount(), /*pin_threads=*/false) {}
   ~CudaBackend() override { cudaSetDevice(device_); }

@@ -22,7 +22,7 @@
 namespace rankwise::kernels {
 
 struct CudaOptions {
-  int device = 0;            // as cudaSetDevice counts
+  int device = 0;             // as cudaSetDevice counts
   bool records_steps = true;  // as CUDA graphs (Backend::Repeat)
 };
 

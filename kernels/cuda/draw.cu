@@ -70,8 +70,8 @@ class RowDraw {
     if (rule_.top_p < 1 || rule_.min_p > 0) total = KeepTopPMinP(total);
     uint64_t left = static_cast<uint64_t>(rule_.uniform * static_cast<double>(total));
     if (left > total - 1) left = total - 1;
-    return static_cast<int32_t>(FirstKey(id_bits_, left + 1, [&](int32_t i) { return uint64_t(i); },
-                                         [&](int32_t i) { return weights_[i]; }));
+    return static_cast<int32_t>(FirstKey(
+        id_bits_, left + 1, [&](int32_t i) { return uint64_t(i); }, [&](int32_t i) { return weights_[i]; }));
   }
 
  private:
@@ -111,8 +111,8 @@ class RowDraw {
   __device__ uint64_t WeighTopK(double highest) {
     uint64_t last = ~uint64_t{0};
     if (rule_.top_k > 0 && rule_.top_k < vocab_size_) {
-      last = FirstKey(32 + id_bits_, rule_.top_k, [&](int32_t i) { return LogitKey(i); },
-                      [](int32_t) { return uint64_t{1}; });
+      last = FirstKey(
+          32 + id_bits_, rule_.top_k, [&](int32_t i) { return LogitKey(i); }, [](int32_t) { return uint64_t{1}; });
     }
     const double inverse = 1.0 / rule_.temperature;
     uint64_t total[1] = {0};
@@ -133,8 +133,9 @@ class RowDraw {
       uint64_t enough = static_cast<uint64_t>(rule_.top_p * static_cast<double>(total));
       if (enough < 1) enough = 1;
       constexpr int kWeightBits = 41;
-      last = FirstKey(kWeightBits + id_bits_, enough, [&](int32_t i) { return WeightKey(i); },
-                      [&](int32_t i) { return weights_[i]; });
+      last = FirstKey(
+          kWeightBits + id_bits_, enough, [&](int32_t i) { return WeightKey(i); },
+          [&](int32_t i) { return weights_[i]; });
     }
     const auto least = static_cast<uint64_t>(rule_.min_p * kWeightOne);
     uint64_t kept[1] = {0};

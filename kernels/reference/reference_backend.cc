@@ -338,7 +338,8 @@ class ReferenceBackend : public Backend {
   absl::Status Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
                     int32_t vocab_size) override {
     TokenDraw draw(vocab_size);
-    for (size_t i = 0; i < rules.size(); ++i) ids[i] = draw.Draw({logits + i * vocab_size, size_t(vocab_size)}, rules[i]);
+    for (size_t i = 0; i < rules.size(); ++i)
+      ids[i] = draw.Draw({logits + i * vocab_size, size_t(vocab_size)}, rules[i]);
     return absl::OkStatus();
   }
 

@@ -62,7 +62,7 @@ class Sequences {
     return status;
   }
 
-  const RopeTable rope_ = MakeRope(16, kBlocks * kKvBlockTokens);
+  const RopeTable rope_ = MakeRope(16, kBlocks* kKvBlockTokens);
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<KvPool> pool_;
   std::optional<Backend::Floats> qkv_, out_, windowed_;

@@ -116,10 +116,8 @@ absl::StatusOr<std::vector<Output>> Engine::Step() {
         return TakeLogits(planned_[segment], position, logits);
       },
       {.rule_of = [&](int32_t segment, int32_t position) { return RuleOf(planned_[segment], position); },
-       .take =
-           [&](int32_t segment, int32_t position, int32_t token) {
-             return TakeToken(planned_[segment], position, token);
-           }}));
+       .take = [&](int32_t segment, int32_t position,
+                   int32_t token) { return TakeToken(planned_[segment], position, token); }}));
   scheduler_.CompleteStep(continued_);
   for (const Output& output : outputs_) {
     if (output.reason != FinishReason::kNone || !output.error.ok()) Cancel(output.id);

@@ -90,8 +90,8 @@ class Engine {
   };
 
   absl::Status Broadcast(StepPlan& plan);
-  // Whether all that the row at `position` attends is known to be of its sequence: false of a row behind a draft that was
-  // not sampled, or behind the end.
+  // Whether all that the row at `position` attends is known to be of its sequence: false of a row behind a draft that
+  // was not sampled, or behind the end.
   bool IsKnown(const scheduler::Planned& planned, int32_t position) const;
   std::optional<kernels::DrawRule> RuleOf(const scheduler::Planned& planned, int32_t position) const;
   absl::Status TakeLogits(const scheduler::Planned& planned, int32_t position, std::span<float> logits);

@@ -52,15 +52,16 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink, con
   }
   const kernels::StepRows rows{
       .tokens = tokens_, .row_begin = row_begin_, .first_position = first_position_, .block_table = segment_tables_};
-  return decoder_.Forward(
-      rows, logit_rows_,
-      {.take_logits =
-           [&](int32_t i, std::span<float> logits) {
-             return sink(logit_origin_[i].first, logit_origin_[i].second, logits);
-           },
-       .rules = rules_,
-       .take_token =
-           [&](int32_t i, int32_t token) { return draws.take(logit_origin_[i].first, logit_origin_[i].second, token); }});
+  return decoder_.Forward(rows, logit_rows_,
+                          {.take_logits =
+                               [&](int32_t i, std::span<float> logits) {
+                                 return sink(logit_origin_[i].first, logit_origin_[i].second, logits);
+                               },
+                           .rules = rules_,
+                           .take_token =
+                               [&](int32_t i, int32_t token) {
+                                 return draws.take(logit_origin_[i].first, logit_origin_[i].second, token);
+                               }});
 }
 
 }  // namespace rankwise::engine

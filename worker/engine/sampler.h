@@ -64,7 +64,8 @@ class Sampler {
 
   // `logits` [vocab_size] is overwritten. `tokens` is prompt then generated, `prompt_count` the length of the prompt.
   // `eos_ids` are masked while fewer than min_tokens were generated, as are stop_token_ids. Order: bias, repetition,
-  // frequency and presence penalties, then TokenDraw. The draw's counter is the position of the new token, tokens.size().
+  // frequency and presence penalties, then TokenDraw. The draw's counter is the position of the new token,
+  // tokens.size().
   SampledToken Sample(std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                       int32_t prompt_count, std::span<const int32_t> eos_ids);
 

@@ -192,8 +192,7 @@ kernels::Activations Decoder::activations() const {
   return output_->activations();
 }
 
-absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
-                              const RowSink& sink) {
+absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const RowSink& sink) {
   RW_CHECK(sink.rules.empty() || sink.rules.size() == logit_rows.size());
   RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
   // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
@@ -278,8 +277,7 @@ absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const RowS
     RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), rows, config_.hidden_size));
     RW_RETURN_IF_ERROR(backend_.MatMul(logits_local_.get(), picked_.get(), count, *output_, nullptr));
     RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
-    RW_RETURN_IF_ERROR(plan_.world_size > 1 ? EmitGatheredRows(first, count, sink)
-                                            : EmitWholeRows(first, count, sink));
+    RW_RETURN_IF_ERROR(plan_.world_size > 1 ? EmitGatheredRows(first, count, sink) : EmitWholeRows(first, count, sink));
   }
   return absl::OkStatus();
 }
@@ -295,8 +293,7 @@ absl::Status Decoder::EmitWholeRows(int32_t begin, int32_t count, const RowSink&
   }
   drawn_.resize(count);
   if (draws) {
-    RW_RETURN_IF_ERROR(
-        backend_.Draw(drawn_, logits_local_.get(), rules_, static_cast<int32_t>(config_.vocab_size)));
+    RW_RETURN_IF_ERROR(backend_.Draw(drawn_, logits_local_.get(), rules_, static_cast<int32_t>(config_.vocab_size)));
   }
   for (int32_t i = 0; i < count; ++i) {
     if (rule_of(i).has_value()) {

@@ -4,8 +4,8 @@
 
 // The part of CUDA's runtime that kernels/cuda uses, with its names and meanings, on the host's memory. Streams have
 // nothing to wait for: all is done when a call returns. What a stream is given between cudaStreamBeginCapture and
-// cudaStreamEndCapture is recorded instead, and done whenever the graph is launched; what CUDA forbids in between breaks
-// the capture here too.
+// cudaStreamEndCapture is recorded instead, and done whenever the graph is launched; what CUDA forbids in between
+// breaks the capture here too.
 using cudaError_t = enum cudaError : int {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
