@@ -17,8 +17,8 @@ struct MemoryOptions {
   int tp = 1;
   kernels::KvFormat kv_format = kernels::KvFormat::kF16;
   kernels::DType weight_dtype = kernels::DType::kF16;
-  int64_t batch = 8;               // --max-running, all of them at their full length
-  int64_t sequence_tokens = 2048;  // --max-tokens
+  int64_t batch = 8;                          // --max-running, all of them at their full length
+  int64_t sequence_tokens = 2048;             // --max-tokens
   int64_t step_rows = kernels::kCpuStepRows;  // --max-step-rows; a batch above it raises it
   int threads = 1;                            // of one rank
 };

@@ -175,9 +175,10 @@ TEST(MemoryPlanTest, IsWhatARankAllocates) {
     const auto communicator = comm::CreateSoloCommunicator();
     auto rank = engine::LoadRank(options, **backend, *communicator);
     ASSERT_TRUE(rank.ok()) << rank.status();
-    StepPlan step{.kind = StepKind::kRun,
-                  .cleared_slots = {0},
-                  .segments = {{.logits = LogitsNeed::kLast, .tokens = std::vector<int32_t>(kernels::kCpuStepRows, 7)}}};
+    StepPlan step{
+        .kind = StepKind::kRun,
+        .cleared_slots = {0},
+        .segments = {{.logits = LogitsNeed::kLast, .tokens = std::vector<int32_t>(kernels::kCpuStepRows, 7)}}};
     for (int b = 0; b < 32; ++b) step.segments[0].new_blocks.push_back(b);
     const engine::Executor::TokenSink draws{.rule_of = [](auto...) { return kernels::DrawRule(); },
                                             .take = [](auto...) { return absl::OkStatus(); }};

@@ -62,12 +62,12 @@ TEST_F(FindModelTest, QuantisedWeightsArePlannedAsTheyArePacked) {
   const auto floats = FindModel(folder_), four = FindModel(quantised);
   ASSERT_TRUE(four.ok()) << four.status();
   EXPECT_EQ(four->weight_dtype, kernels::DType::kF16);
-  // Two bytes of each weight of the two layers become half a byte, and three bytes for each 64 inputs.
+  // Two bytes of each weight of the two layers become half a byte, and four bytes for each 64 inputs.
   const int64_t weights = 2 * (128 * 64 + 64 * 64 + 384 * 64 + 64 * 192);
   const auto planned = [](const PlannedModel& model) {
     return PlanMemory(model.config, {.weight_dtype = model.weight_dtype}, 0, {})->weights;
   };
-  EXPECT_EQ(planned(*floats) - planned(*four), weights * 2 - weights / 2 - weights / 64 * 3);
+  EXPECT_EQ(planned(*floats) - planned(*four), weights * 2 - weights / 2 - weights / 64 * 4);
 }
 
 TEST_F(FindModelTest, DamagedWeightsAreRefused) {

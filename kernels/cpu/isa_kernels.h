@@ -12,9 +12,9 @@ namespace rankwise::kernels {
 inline constexpr int kPanelColumns = 32;     // output columns of a packed panel: [n_out / 32, n_in, 32]
 inline constexpr int kSumLevels = 7;         // partial sums alive at once in a tree of 64 chunks: log2(64) + 1
 inline constexpr int kMatMulRowBlock = 240;  // rows per pass: 30 KiB of sums per panel and level
-inline constexpr int kCpuStepRows = 128;     // prefills 512 tokens as fast as one step of them (Zen 4, int8: 281, 278/s)
-inline constexpr int kMatMulDepth = 128;     // input columns widened to f32 at a time: 16 KiB, half of an L1
-inline constexpr int kSplitTokens = 512;     // attention sums a context in splits of this size, whoever computes them
+inline constexpr int kCpuStepRows = 128;  // prefills 512 tokens as fast as one step of them (Zen 4, int8: 281, 278/s)
+inline constexpr int kMatMulDepth = 128;  // input columns widened to f32 at a time: 16 KiB, half of an L1
+inline constexpr int kSplitTokens = 512;  // attention sums a context in splits of this size, whoever computes them
 inline constexpr int kScoreStride = kSplitTokens + 16;  // floats; off the powers of two that collide in an L1
 inline constexpr int kTileVectors = 32;                 // (row, query head) pairs that share one pass over K and V
 

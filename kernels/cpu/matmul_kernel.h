@@ -207,8 +207,7 @@ inline void GroupTile(const Q* q, const GroupParameters& group, int v0, const fl
 template <typename Q>
 class GroupedPanel {
  public:
-  GroupedPanel(const MatMulTask& task, int64_t panel)
-      : task_(task), groups_(task.weights + panel * task.panel_bytes) {}
+  GroupedPanel(const MatMulTask& task, int64_t panel) : task_(task), groups_(task.weights + panel * task.panel_bytes) {}
 
   void Multiply(int rows, const float* x, int64_t begin, int64_t end, float* sums) const {
     ForGroups(begin, end, [&](int64_t first, const Q* q, const GroupParameters& group, int64_t k, int64_t k_end) {

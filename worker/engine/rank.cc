@@ -81,8 +81,8 @@ absl::StatusOr<Prepared> Prepare(const RankOptions& options, const kernels::Back
   if (options.max_tokens < 0 || options.max_running < 1 || step_rows < options.max_running ||
       options.max_chunk_rows < 1 || options.max_drafts < 0) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "max_tokens=", options.max_tokens, ", max_running=", options.max_running, ", max_step_rows=",
-        step_rows, ", max_chunk_rows=", options.max_chunk_rows, ", max_drafts=", options.max_drafts,
+        "max_tokens=", options.max_tokens, ", max_running=", options.max_running, ", max_step_rows=", step_rows,
+        ", max_chunk_rows=", options.max_chunk_rows, ", max_drafts=", options.max_drafts,
         ": all must be positive, but drafts may be 0, and max_step_rows at least max_running"));
   }
   RW_RETURN_IF_ERROR(prepared.checkpoint->Verify(prepared.plan));
