@@ -47,9 +47,9 @@ int64_t WeightBytes(const ModelConfig& config, const Widths& w, const shard::Sha
   // A matrix of a layer, whose slice begins at input `first_in`.
   const auto linear = [&](int64_t n_out, int64_t n_in, int64_t first_in) {
     if (config.weight_bits == 0) return packed(n_out, n_in);
-    const int64_t groups = kernels::GroupCount(n_in, config.weight_group_size, first_in % config.weight_group_size);
-    return columns(n_out) / kernels::kPanelColumns * groups *
-           kernels::GroupBytes(n_in, config.weight_group_size, config.weight_bits);
+    return columns(n_out) / kernels::kPanelColumns *
+           kernels::GroupedPanelBytes(n_in, config.weight_group_size, first_in % config.weight_group_size,
+                                      config.weight_bits);
   };
   const int64_t matrices = linear(w.qkv, w.hidden, 0) + linear(w.hidden, w.heads, plan.heads.begin * config.head_dim) +
                            linear(2 * w.intermediate, w.hidden, 0) +

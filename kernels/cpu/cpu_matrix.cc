@@ -115,13 +115,12 @@ void PackGroup(std::span<const SourceRow> rows, const PackedShape& shape, bool i
 }  // namespace
 
 int64_t CpuMatrix::panel_count() const { return (shape_.n_out + kPanelColumns - 1) / kPanelColumns; }
-int64_t CpuMatrix::group_bytes() const {
-  return GroupBytes(shape_.n_in, shape_.group_size, shape_.dtype == DType::kInt4 ? 4 : 8);
-}
+int CpuMatrix::bits() const { return shape_.dtype == DType::kInt4 ? 4 : 8; }
+int64_t CpuMatrix::group_bytes() const { return GroupBytes(shape_.n_in, shape_.group_size, bits()); }
 int64_t CpuMatrix::panel_bytes() const {
   if (is_in_pairs_) return steps_.back() * kPanelColumns * static_cast<int64_t>(sizeof(uint32_t));
   if (!IsGrouped(shape_.dtype)) return shape_.n_in * kPanelColumns * DTypeBytes(shape_.dtype);
-  return GroupCount(shape_.n_in, shape_.group_size, shape_.group_offset) * group_bytes();
+  return GroupedPanelBytes(shape_.n_in, shape_.group_size, shape_.group_offset, bits());
 }
 
 CpuMatrix::CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations, bool is_in_pairs)

@@ -41,6 +41,7 @@ class CpuMatrix : public PackedMatrix {
 
  private:
   CpuMatrix(const PackedShape& shape, const SumTree& tree, Activations activations, bool is_in_pairs);
+  int bits() const;  // of grouped weights
   void PackPanel(std::span<const MatrixView> blocks, int64_t panel);
 
   const PackedShape shape_;

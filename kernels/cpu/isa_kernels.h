@@ -68,12 +68,12 @@ struct MatMulTask {
 };
 
 inline constexpr int64_t kGroupHeaderBytes = 128;
-inline constexpr int64_t GroupCount(int64_t n_in, int64_t group_size, int64_t group_offset) {
-  return (n_in + group_offset + group_size - 1) / group_size;
-}
 inline constexpr int64_t GroupBytes(int64_t n_in, int64_t group_size, int bits) {
   const int64_t columns = n_in < group_size ? n_in : group_size;
   return kGroupHeaderBytes + (columns + 7) / 8 * bits * kPanelColumns;
+}
+inline constexpr int64_t GroupedPanelBytes(int64_t n_in, int64_t group_size, int64_t group_offset, int bits) {
+  return (n_in + group_offset + group_size - 1) / group_size * GroupBytes(n_in, group_size, bits);
 }
 // The first input column of a group.
 inline constexpr int64_t GroupBegin(int64_t group, int64_t group_size, int64_t group_offset) {
