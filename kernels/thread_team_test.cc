@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <atomic>
 #include <vector>
@@ -36,6 +37,50 @@ TEST(ThreadTeamTest, LoopsDoNotOverlap) {
     team.For(5, [&results, round](int64_t item, int) { results[item] = round; });
     ASSERT_THAT(results, testing::Each(round));
   }
+}
+
+// Two CPUs of this machine, to which the calling thread is bound while this lives.
+class TwoCpus {
+ public:
+  TwoCpus() {
+    if (sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
+    for (int cpu = 0; cpu < CPU_SETSIZE && std::ssize(cpus) < 2; ++cpu) {
+      if (CPU_ISSET(cpu, &before_)) cpus.push_back(cpu);
+    }
+    CPU_ZERO(&set);
+    for (int cpu : cpus) CPU_SET(cpu, &set);
+  }
+  ~TwoCpus() { sched_setaffinity(0, sizeof(before_), &before_); }
+
+  std::vector<int> cpus;
+  cpu_set_t set;
+
+ private:
+  cpu_set_t before_;
+};
+
+TEST(ThreadTeamTest, TheCallerMovesOffAWorkersCpuAndStaysFree) {
+  TwoCpus two;
+  if (two.cpus.size() < 2) GTEST_SKIP() << "one CPU";
+  ASSERT_EQ(sched_setaffinity(0, sizeof(two.set), &two.set), 0);
+  ThreadTeam team(2, /*pin_threads=*/true);
+  cpu_set_t workers;
+  CPU_ZERO(&workers);
+  CPU_SET(two.cpus[1], &workers);
+  int moved = 0;
+  for (int round = 0; round < 100; ++round) {
+    ASSERT_EQ(sched_setaffinity(0, sizeof(workers), &workers), 0);
+    ASSERT_EQ(sched_getcpu(), two.cpus[1]);
+    ASSERT_EQ(sched_setaffinity(0, sizeof(two.set), &two.set), 0);
+    std::vector<int> cpus(2, -1);
+    team.For(2, [&](int64_t, int thread) { cpus[thread] = sched_getcpu(); });
+    moved += cpus[0] == two.cpus[0] || cpus[0] == -1;  // -1: the worker was first to take both
+    cpu_set_t now;
+    ASSERT_EQ(sched_getaffinity(0, sizeof(now), &now), 0);
+    ASSERT_TRUE(CPU_EQUAL(&now, &two.set));
+  }
+  // The kernel may move it once more.
+  EXPECT_GE(moved, 90);
 }
 
 TEST(MachineLimitsTest, AreOfAPlausibleSize) {

@@ -35,6 +35,22 @@ std::vector<int> AllowedCpus() {
   return cpus;
 }
 
+// A refusal leaves the thread where the kernel puts it, which is correct and only slower.
+void Pin(pthread_t thread, int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(thread, sizeof(set), &set);
+}
+
+// Moves the calling thread to `cpu`, where it need not stay: threads that it starts are not bound to that CPU.
+void MoveTo(int cpu) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+  Pin(pthread_self(), cpu);
+  pthread_setaffinity_np(pthread_self(), sizeof(allowed), &allowed);
+}
+
 }  // namespace
 
 int ThreadTeam::AllowedCpuCount() {
@@ -46,15 +62,11 @@ ThreadTeam::ThreadTeam(int threads, bool pin_threads) : shares_(new Share[thread
   RW_CHECK(threads >= 1);
   const std::vector<int> cpus = AllowedCpus();
   // A team smaller than its CPU set may share the set with other teams, which would pile up on the first CPUs.
-  pin_threads = pin_threads && static_cast<int>(cpus.size()) == threads;
+  pin_threads = pin_threads && threads > 1 && static_cast<int>(cpus.size()) == threads;
+  if (pin_threads) callers_cpu_ = cpus[0];
   for (int t = 1; t < threads; ++t) {
     workers_.emplace_back([this, t] { WorkerMain(t); });
-    if (!pin_threads) continue;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpus[t], &set);
-    // A refusal leaves the thread where the kernel puts it, which is correct and only slower.
-    pthread_setaffinity_np(workers_.back().native_handle(), sizeof(set), &set);
+    if (pin_threads) Pin(workers_.back().native_handle(), cpus[t]);
   }
 }
 
@@ -65,6 +77,8 @@ ThreadTeam::~ThreadTeam() {
 }
 
 void ThreadTeam::Run(int64_t count, const void* body, Call call) {
+  // A thread that wakes while its team sleeps may find itself on the CPU of one of its workers.
+  if (callers_cpu_ >= 0 && sched_getcpu() != callers_cpu_) MoveTo(callers_cpu_);
   body_ = body;
   call_ = call;
   for (int t = 0; t < size(); ++t) {

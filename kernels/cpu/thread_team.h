@@ -14,7 +14,8 @@ namespace rankwise::kernels {
 // Only one thread may call. A loop body must not start another loop.
 class ThreadTeam {
  public:
-  // `threads` >= 1. Threads other than the caller are pinned when the team fills the CPUs this process may run on.
+  // `threads` >= 1. Threads other than the caller are pinned when the team fills the CPUs this process may run on, and
+  // the caller is moved to the CPU left when it is found on another, as loops start.
   ThreadTeam(int threads, bool pin_threads);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
@@ -46,6 +47,8 @@ class ThreadTeam {
   void Run(int64_t count, const void* body, Call call);
   void Work(int thread);
   void WorkerMain(int thread);
+
+  int callers_cpu_ = -1;  // -1: nobody is pinned
 
   // Written by the caller before the epoch moves, read by the workers after.
   const void* body_ = nullptr;
