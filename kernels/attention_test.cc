@@ -110,23 +110,35 @@ double Bound(const Request& r, int32_t position, int head) {
   const int kv_head = head / (r.shape.n_heads_local / r.shape.n_kv_heads_local);
   const float* q = r.qkv.data() + position * r.width() + head * dims;
   const int32_t first = r.shape.sliding_window > 0 ? std::max(0, position - r.shape.sliding_window + 1) : 0;
-  double largest_score = 0, largest_value = 0;
+  const bool is_integer = r.format != KvFormat::kF32 && r.format != KvFormat::kF16;
+  // q is a multiple of a part of its largest element, as the weights of 64 positions are.
+  double largest_query = 0;
+  for (int64_t d = 0; d < dims; ++d) {
+    const float k_scale = r.format == KvFormat::kInt8 ? r.scales[kv_head * dims + d].k_scale : 1;
+    largest_query = std::max<double>(largest_query, std::fabs(q[d] * k_scale));
+  }
+  double largest_score = 0, largest_of_rounding = 0, largest_value = 0;
   for (int32_t t = first; t <= position; ++t) {
     const float* k = r.qkv.data() + t * r.width() + r.q_width() + kv_head * dims;
     const float* v = k + r.shape.n_kv_heads_local * dims;
-    double score = 0;
+    double score = 0, rounding = 0;
     for (int64_t d = 0; d < dims; ++d) {
       const KvChannelScales& s = r.scales[kv_head * dims + d];
       // K's static zero point moves all scores alike, so it is never added.
       const double absent = r.format == KvFormat::kInt8 ? std::fabs(s.k_zero_point) : 0;
-      score += std::fabs(q[d]) * (r.SizeOf(k, d, s.k_scale, s.k_zero_point) - absent);
+      const double size = r.SizeOf(k, d, s.k_scale, s.k_zero_point) - absent;
+      score += std::fabs(q[d]) * size;
+      rounding += largest_query * (r.format == KvFormat::kInt8 ? size / s.k_scale : size);
       largest_value = std::max(largest_value, r.SizeOf(v, d, s.v_scale, s.v_zero_point));
     }
     largest_score = std::max(largest_score, score * r.shape.score_scale);
+    largest_of_rounding = std::max(largest_of_rounding, rounding * r.shape.score_scale);
   }
-  const double weight_error = 2 * (static_cast<double>(dims) + 8) * 0x1p-24 * largest_score + 0x1p-22;
+  const double weight_error = 2 * (static_cast<double>(dims) + 8) * 0x1p-24 * largest_score + 0x1p-22 +
+                              (is_integer ? (dims > 512 ? 0x1p-14 : 0x1p-15) * largest_of_rounding : 0);
   const int32_t count = position - first + 1, splits = position / 512 - first / 512 + 1;
-  return (2 * weight_error + (2 * std::min(count, 512) + 8 * splits + 8) * 0x1p-24) * largest_value;
+  const double rounded_weights = is_integer ? std::min(count, 64) * 0x1p-15 : 0;
+  return (2 * weight_error + (2 * std::min(count, 512) + 8 * splits + 8) * 0x1p-24 + rounded_weights) * largest_value;
 }
 
 AttentionShape Shape(int group, int kv_heads, int head_dim, int32_t window = 0) {
@@ -156,6 +168,7 @@ TEST_P(AttentionTest, StaysWithinTheBoundOfItsFormula) {
                                                                                         {Shape(5, 1, 96), 50},
                                                                                         {Shape(7, 1, 128), 31},
                                                                                         {Shape(1, 2, 256), 20},
+                                                                                        {Shape(1, 1, 1024), 9},
                                                                                         {Shape(40, 1, 20), 19},
                                                                                         {Shape(3, 1, 64, 7), 60},
                                                                                         {Shape(1, 1, 3), 49},

@@ -144,8 +144,14 @@ absl::Status CpuBackend::Attention(float* out, const float* qkv, const Attention
   return absl::OkStatus();
 }
 
+AttendSplitFunction* CpuBackend::AttendSplitOf(KvFormat format) const {
+  const int floats = std::size(isa_.attend_split), i = static_cast<int>(format);
+  return i < floats ? isa_.attend_split[i] : integers_.attend_split[i - floats];
+}
+
 void CpuBackend::AttendByTile(const AttentionTask& task, const CpuKvPool& pool, int layer) {
   const auto format = static_cast<int>(pool.shape().format);
+  const auto attend_split = AttendSplitOf(pool.shape().format);
   const int64_t vectors = int64_t{std::max(1, kTileVectors / task.group)} * task.group;
   const int64_t state_floats = AttentionStateFloats(vectors, task.padded_dim);
   const int64_t thread_floats = 2 * state_floats + AttentionScratchFloats(vectors, task.padded_dim);
@@ -156,9 +162,9 @@ void CpuBackend::AttendByTile(const AttentionTask& task, const CpuKvPool& pool, 
     const AttentionTile tile = TileOf(rows, pool, layer, static_cast<int>(item % heads));
     float* state = scratch + thread * thread_floats;
     float* split_state = state + state_floats;
-    isa_.attend_split[format](task, tile, rows.split_begin, state, split_state + state_floats);
+    attend_split(task, tile, rows.split_begin, state, split_state + state_floats);
     for (int32_t split = rows.split_begin + 1; split < rows.split_end; ++split) {
-      isa_.attend_split[format](task, tile, split, split_state, split_state + state_floats);
+      attend_split(task, tile, split, split_state, split_state + state_floats);
       isa_.merge_split(rows.row_count * task.group, task.padded_dim, state, split_state);
     }
     isa_.finish_attention[format](task, tile, state);
@@ -167,6 +173,7 @@ void CpuBackend::AttendByTile(const AttentionTask& task, const CpuKvPool& pool, 
 
 void CpuBackend::AttendBySplit(const AttentionTask& task, const CpuKvPool& pool, int layer) {
   const auto format = static_cast<int>(pool.shape().format);
+  const auto attend_split = AttendSplitOf(pool.shape().format);
   const int64_t vectors = int64_t{std::max(1, kTileVectors / task.group)} * task.group;
   const int64_t state_floats = AttentionStateFloats(vectors, task.padded_dim);
   const int64_t thread_floats = AttentionScratchFloats(vectors, task.padded_dim);
@@ -180,8 +187,7 @@ void CpuBackend::AttendBySplit(const AttentionTask& task, const CpuKvPool& pool,
     const TileSplit& part = tile_splits_[item / heads];
     const RowTile& rows = tiles_[part.tile];
     const AttentionTile tile = TileOf(rows, pool, layer, static_cast<int>(item % heads));
-    isa_.attend_split[format](task, tile, part.split, state_of(rows, part.split, item % heads),
-                              scratch + thread * thread_floats);
+    attend_split(task, tile, part.split, state_of(rows, part.split, item % heads), scratch + thread * thread_floats);
   });
   team_.For(static_cast<int64_t>(tiles_.size()) * heads, [&](int64_t item, int) {
     const RowTile& rows = tiles_[item / heads];

@@ -80,6 +80,7 @@ class CpuBackend : public Backend {
   void ForRows(int64_t width, Body&& body);
   void BuildTiles(const AttentionTask& task, int32_t n_kv_heads);
   AttentionTile TileOf(const RowTile& rows, const CpuKvPool& pool, int layer, int head) const;
+  AttendSplitFunction* AttendSplitOf(KvFormat format) const;
   void AttendByTile(const AttentionTask& task, const CpuKvPool& pool, int layer);
   void AttendBySplit(const AttentionTask& task, const CpuKvPool& pool, int layer);
 

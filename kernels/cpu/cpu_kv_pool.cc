@@ -10,7 +10,8 @@ namespace {
 
 int64_t RoundUp(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Of whole vectors of sixteen.
+bool IsInteger(KvFormat format) { return format == KvFormat::kInt8 || IsOnline(format); }
+
 int64_t ElementsBytes(KvFormat format, int64_t count) {
   switch (format) {
     case KvFormat::kF32:
@@ -30,7 +31,8 @@ int64_t ElementsBytes(KvFormat format, int64_t count) {
 
 CpuKvBlock::CpuKvBlock(const KvShape& shape)
     : padded_dim(static_cast<int32_t>(RoundUp(shape.head_dim, 16))),
-      v_offset(RoundUp(ElementsBytes(shape.format, int64_t{shape.head_dim} * kKvBlockTokens), 64)),
+      v_offset(RoundUp(
+          ElementsBytes(shape.format, RoundUp(shape.head_dim, IsInteger(shape.format) ? 4 : 1) * kKvBlockTokens), 64)),
       online_offset(v_offset + RoundUp(ElementsBytes(shape.format, int64_t{padded_dim} * kKvBlockTokens), 64)),
       bytes(online_offset + (IsOnline(shape.format) ? int64_t{sizeof(OnlineBlock)} : 0)) {}
 
@@ -89,13 +91,14 @@ std::vector<int64_t> CpuKvPool::SaturatedCounts() const {
 
 std::vector<std::byte> CpuKvPool::BlockBytes(int layer, int32_t block) const {
   std::vector<std::byte> bytes;
-  const auto append = [&](const std::byte* tile, int64_t element) {
+  const auto append = [&](const std::byte* tile, int64_t major, int64_t minor, int64_t width) {
     if (shape_.format == KvFormat::kInt4Online) {
-      const auto pair = static_cast<uint8_t>(tile[element / 16 * 8 + element % 8]);
-      bytes.push_back(static_cast<std::byte>(element % 16 < 8 ? pair & 15 : pair >> 4));
+      const auto pair = static_cast<uint8_t>(tile[PairedOffset(major / 4 * 2 + major % 2, minor, width)]);
+      bytes.push_back(static_cast<std::byte>(major % 4 < 2 ? pair & 15 : pair >> 4));
       return;
     }
     const int64_t size = ElementsBytes(shape_.format, 1);
+    const int64_t element = IsInteger(shape_.format) ? PairedOffset(major, minor, width) : major * width + minor;
     bytes.insert(bytes.end(), tile + element * size, tile + (element + 1) * size);
   };
   const auto append_half = [&](uint16_t half) {
@@ -107,7 +110,11 @@ std::vector<std::byte> CpuKvPool::BlockBytes(int layer, int32_t block) const {
       const std::byte* tile = Head(layer, head) + block * block_.bytes + (is_v ? block_.v_offset : 0);
       for (int64_t token = 0; token < kKvBlockTokens; ++token) {
         for (int64_t dim = 0; dim < shape_.head_dim; ++dim) {
-          append(tile, is_v ? token * block_.padded_dim + dim : dim * kKvBlockTokens + token);
+          if (is_v) {
+            append(tile, token, dim, block_.padded_dim);
+          } else {
+            append(tile, dim, token, kKvBlockTokens);
+          }
         }
       }
     }

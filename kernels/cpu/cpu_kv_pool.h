@@ -14,7 +14,8 @@
 namespace rankwise::kernels {
 
 // One block of one KV head: {K [head_dim, 16], V [16, padded_dim], OnlineBlock in online formats}, each tile padded to
-// 64 bytes. A token's K is a column, so that one load holds a dim of sixteen tokens.
+// 64 bytes; integers lie as PairedOffset has it. A token's K is a column, so that one load holds a dim of sixteen
+// tokens.
 struct CpuKvBlock {
   explicit CpuKvBlock(const KvShape& shape);
 

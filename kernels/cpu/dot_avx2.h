@@ -33,6 +33,7 @@ struct Ints {
 };
 inline Ints ZeroInts() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Ints Add(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline Vec ToFloats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 // offset - zeros[i]
 inline Ints OffsetMinus(int offset, const U8* zeros) {
   const __m128i x = LoadBytes(zeros);
@@ -45,7 +46,6 @@ inline Ints TimesSixteenBits(Ints a, uint32_t b) {
   const __m256i x = _mm256_set1_epi32(static_cast<int>(b));
   return {_mm256_madd_epi16(a.lo, x), _mm256_madd_epi16(a.hi, x)};
 }
-inline Vec ToFloats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
 inline Ints LoadWords(const uint32_t* words) {
   const auto* from = reinterpret_cast<const __m256i*>(words);
@@ -118,6 +118,34 @@ template <int C, int R, int V>
       }
     }
   }
+}
+
+// Thirty-two i16, two of them in each lane of Ints.
+struct Shorts {
+  __m256i lo, hi;
+};
+inline Shorts WidenSigned(const void* p) {
+  const auto* from = static_cast<const __m128i*>(p);
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1))};
+}
+inline Shorts WidenUnsigned(const void* p) {
+  const auto* from = static_cast<const __m128i*>(p);
+  return {_mm256_cvtepu8_epi16(_mm_loadu_si128(from)), _mm256_cvtepu8_epi16(_mm_loadu_si128(from + 1))};
+}
+inline Shorts LowerNibbles(Shorts bytes) {
+  const __m256i lower = _mm256_set1_epi16(15);
+  return {_mm256_and_si256(bytes.lo, lower), _mm256_and_si256(bytes.hi, lower)};
+}
+inline Shorts UpperNibbles(Shorts bytes) { return {_mm256_srli_epi16(bytes.lo, 4), _mm256_srli_epi16(bytes.hi, 4)}; }
+// sum + both products of each lane with the pair of i16 in `pair`.
+inline void AddProducts(Ints& sum, Shorts a, const uint32_t& pair) {
+  const __m256i b = _mm256_set1_epi32(static_cast<int>(pair));
+  sum = Add(sum, {_mm256_madd_epi16(a.lo, b), _mm256_madd_epi16(a.hi, b)});
+}
+// Sixteen i16 in a row. Lanes hold integers in [-32768, 32767], or NaN, of which any number becomes.
+inline void StoreI16(void* p, Vec x) {
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xd8));
 }
 
 // Two maddubs to a madd: what bytes below 16 reach.

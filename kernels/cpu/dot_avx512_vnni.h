@@ -29,6 +29,7 @@ struct Ints {
 };
 inline Ints ZeroInts() { return {_mm512_setzero_si512()}; }
 inline Ints Add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Vec ToFloats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // offset - zeros[i]
 inline Ints OffsetMinus(int offset, const U8* zeros) {
   return {_mm512_sub_epi32(_mm512_set1_epi32(offset), _mm512_cvtepu8_epi32(LoadBytes(zeros)))};
@@ -37,7 +38,6 @@ inline Ints OffsetMinus(int offset, const U8* zeros) {
 inline Ints TimesSixteenBits(Ints a, uint32_t b) {
   return {_mm512_madd_epi16(a.v, _mm512_set1_epi32(static_cast<int>(b)))};
 }
-inline Vec ToFloats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 struct WordPair {
   __m512i even, odd;
@@ -73,6 +73,27 @@ template <int C, int R, int V, typename Q>
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) AddDot(sums[C - 1][r][v], weights[v].odd, x[R + r]);
   }
+}
+
+// Thirty-two i16, two of them in each lane of Ints.
+struct Shorts {
+  __m512i v;
+};
+inline Shorts WidenSigned(const void* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+inline Shorts WidenUnsigned(const void* p) {
+  return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+inline Shorts LowerNibbles(Shorts bytes) { return {_mm512_and_si512(bytes.v, _mm512_set1_epi16(15))}; }
+inline Shorts UpperNibbles(Shorts bytes) { return {_mm512_srli_epi16(bytes.v, 4)}; }
+// sum + both products of each lane with the pair of i16 in `pair`.
+inline void AddProducts(Ints& sum, Shorts a, const uint32_t& pair) {
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(a.v), "m"(pair));
+}
+// Sixteen i16 in a row. Lanes hold integers in [-32768, 32767], or NaN, of which any number becomes.
+inline void StoreI16(void* p, Vec x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x.v)));
 }
 
 inline int32_t DotBurst(int64_t iterations) {

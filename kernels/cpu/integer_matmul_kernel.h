@@ -1,4 +1,4 @@
-// Included after dot_avx2.h or dot_avx512_vnni.h.
+// Included after attention_kernel.h.
 #pragma once
 
 #include <iterator>
@@ -289,6 +289,7 @@ inline constexpr IntegerKernels kIntegerTable = {
     .tile_rows = kDotTileRows,
     .quantize_rows = QuantizeRows,
     .matmul_panel = {IntegerMatMulPanel<Nibbles>, IntegerMatMulPanel<Bytes>},
+    .attend_split = {AttendSplit<int8_t>, AttendSplit<U8>, AttendSplit<U4>},
     .dot_burst = DotBurst,
 };
 

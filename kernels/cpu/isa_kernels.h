@@ -101,10 +101,18 @@ struct HeadScales {
   const float *k_scale, *k_zero_point, *v_scale, *v_zero_point;
 };
 
+// Where element (major, minor) of a tile [majors, width] of stored integers lies: pairs of two majors are neighbours,
+// so that their products add up where they are made. Of K a major is a dim, of V a token. In bytes; of four bits, where
+// majors 4 i + 2 and 4 i + 3 share the bytes of 4 i and 4 i + 1 as their upper halves, that of major / 4 * 2 + major
+// % 2.
+inline constexpr int64_t PairedOffset(int64_t major, int64_t minor, int64_t width) {
+  return major / 2 * 2 * width + minor * 2 + major % 2;
+}
+
 // Where one token of one KV head goes.
 struct KvSlot {
-  void* k;  // the block's [head_dim, 16]
-  void* v;  // the block's [16, padded_dim]
+  void* k;  // the block's [head_dim, 16], of integers as PairedOffset has it
+  void* v;  // the block's [16, padded_dim], likewise
   int32_t slot;
   HeadScales scales;    // of a static int8 pool
   OnlineBlock* online;  // of an online pool
@@ -136,9 +144,13 @@ struct AttentionTile {
 inline constexpr int64_t AttentionStateFloats(int64_t vectors, int64_t padded_dim) {
   return vectors * (padded_dim + 16);
 }
+inline constexpr int64_t kOnlineFloats = 4 * kSplitTokens;  // of all OnlineBlocks of a split
 inline constexpr int64_t AttentionScratchFloats(int64_t vectors, int64_t padded_dim) {
-  return vectors * (kScoreStride + padded_dim + 16);
+  return kOnlineFloats + vectors * (kScoreStride + padded_dim + 16);
 }
+
+using AttendSplitFunction = void(const AttentionTask&, const AttentionTile&, int32_t split, float* state,
+                                 float* scratch);
 
 struct IsaKernels {
   const char* name;
@@ -159,9 +171,8 @@ struct IsaKernels {
   int64_t (*rope_append[kKvFormatCount])(const RopeAppendTask&, int64_t row, int32_t position, int32_t head,
                                          const KvSlot&);
 
-  // The softmax state of one split alone; vectors whose window misses the split get a sum of 0.
-  void (*attend_split[kKvFormatCount])(const AttentionTask&, const AttentionTile&, int32_t split, float* state,
-                                       float* scratch);
+  // The softmax state of one split alone, of f32 and f16; vectors whose window misses the split get a sum of 0.
+  AttendSplitFunction* attend_split[2];
   // state = state followed by split. Both of the same tile.
   void (*merge_split)(int64_t vectors, int64_t padded_dim, float* state, const float* split);
   void (*finish_attention[kKvFormatCount])(const AttentionTask&, const AttentionTile&, const float* state);
@@ -173,8 +184,8 @@ struct IsaKernels {
 
 inline constexpr int kFmaChains = 12;
 
-// Quantised weights times quantised activations (Activations::kInt8). Of an instruction set of their own, which
-// IsaKernels need not have.
+// Quantised weights times quantised activations (Activations::kInt8), and attention over stored integers. Of an
+// instruction set of their own, which IsaKernels need not have.
 struct IntegerKernels {
   const char* name;
   int tile_rows;  // most rows of one tile
@@ -182,6 +193,8 @@ struct IntegerKernels {
   void (*quantize_rows)(const MatMulTask& task, const float* x, int64_t begin, int64_t end);
   // One panel for all rows of the task, of weights of four and of eight bits.
   void (*matmul_panel[2])(const MatMulTask&, int64_t panel, float* scratch);
+  // As of IsaKernels, of int8, int8-online and int4-online.
+  AttendSplitFunction* attend_split[3];
   // For MeasureMachineLimits: 2 * 64 * kDotChains operations per iteration.
   int32_t (*dot_burst)(int64_t iterations);
 };

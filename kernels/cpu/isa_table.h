@@ -6,6 +6,8 @@
 #include "kernels/cpu/matmul_kernel.h"
 #include "kernels/cpu/row_kernels.h"
 // After the rows.
+#include "kernels/cpu/float_attention.h"
+// After its products.
 #include "kernels/cpu/attention_kernel.h"
 #include "kernels/cpu/rope_kernel.h"
 
@@ -52,7 +54,7 @@ inline constexpr IsaKernels kTable = {
     .silu_mul = SiluMulRow,
     .rope_append = {RopeAppendHead<float>, RopeAppendHead<F16>, RopeAppendHead<int8_t>, RopeAppendHead<U8>,
                     RopeAppendHead<U4>},
-    .attend_split = {AttendSplit<float>, AttendSplit<F16>, AttendSplit<int8_t>, AttendSplit<U8>, AttendSplit<U4>},
+    .attend_split = {AttendSplit<float>, AttendSplit<F16>},
     .merge_split = MergeSplit,
     .finish_attention = {FinishAttention<float>, FinishAttention<F16>, FinishAttention<int8_t>, FinishAttention<U8>,
                          FinishAttention<U4>},

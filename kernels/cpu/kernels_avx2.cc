@@ -6,7 +6,9 @@
 #include "kernels/cpu/rounded_matmul_kernel.h"
 // After the vector type.
 #include "kernels/cpu/dot_avx2.h"
-// After the products.
+// After the products and the rows.
+#include "kernels/cpu/integer_attention.h"
+// After attention.
 #include "kernels/cpu/integer_matmul_kernel.h"
 
 namespace rankwise::kernels {

@@ -5,7 +5,13 @@
 #include "kernels/cpu/simd.h"
 // After the vector type.
 #include "kernels/cpu/dot_avx512_vnni.h"
-// After the products.
+// After the vector type.
+#include "kernels/cpu/row_kernels.h"
+// After the products and the rows.
+#include "kernels/cpu/integer_attention.h"
+// After its products.
+#include "kernels/cpu/attention_kernel.h"
+// After attention.
 #include "kernels/cpu/integer_matmul_kernel.h"
 
 namespace rankwise::kernels {

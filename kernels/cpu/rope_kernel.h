@@ -1,6 +1,8 @@
 // Included after row_kernels.h.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cpu/isa_kernels.h"
 
 namespace rankwise::kernels::RW_ISA {
@@ -65,22 +67,16 @@ int64_t QuantizeOnline(const RopeAppendTask& task, const float* x, OnlineRange& 
   return saturated;
 }
 
-inline void StoreColumn(U8* block, int32_t slot, const uint8_t* q, int64_t dims) {
-  for (int64_t i = 0; i < dims; ++i) block[i * kKvBlockTokens + slot].bits = q[i];
-}
-inline void StoreColumn(U4* block, int32_t slot, const uint8_t* q, int64_t dims) {
-  constexpr int kBytes = kKvBlockTokens / 2;
-  const int shift = slot < kBytes ? 0 : 4;
-  for (int64_t i = 0; i < dims; ++i) {
-    uint8_t& pair = block[i * kBytes + slot % kBytes].bits;
-    pair = static_cast<uint8_t>((pair & (0xf0 >> shift)) | (q[i] << shift));
-  }
-}
-inline void StoreRow(U8* row, const uint8_t* q, int64_t dims) { std::memcpy(row, q, dims); }
-inline void StoreRow(U4* row, const uint8_t* q, int64_t dims) {
-  for (int64_t i = 0; i < dims; ++i) {
-    uint8_t& pair = row[i / 16 * 8 + i % 8].bits;
-    pair = static_cast<uint8_t>(i % 16 < 8 ? q[i] : pair | q[i] << 4);
+// Element (major, minor) of a tile of stored integers.
+template <typename T, typename Q>
+inline void StorePaired(T* tile, int64_t major, int64_t minor, int64_t width, Q q) {
+  static_assert(sizeof(T) == 1 && sizeof(Q) == 1);
+  auto* bytes = reinterpret_cast<uint8_t*>(tile);
+  if constexpr (std::is_same_v<T, U4>) {
+    uint8_t& pair = bytes[PairedOffset(major / 4 * 2 + major % 2, minor, width)];
+    pair = static_cast<uint8_t>(major % 4 < 2 ? (pair & 0xf0) | q : (pair & 0x0f) | q << 4);
+  } else {
+    bytes[PairedOffset(major, minor, width)] = static_cast<uint8_t>(q);
   }
 }
 
@@ -91,32 +87,48 @@ int64_t AppendOnline(const RopeAppendTask& task, const float* k, const float* v,
   int64_t saturated = QuantizeOnline<T>(task, k, range, stored);
   to.online->k_scale[to.slot] = range.scale;
   to.online->k_zero[to.slot] = range.zero;
-  StoreColumn(static_cast<T*>(to.k), to.slot, stored, task.head_dim);
+  for (int32_t d = 0; d < task.head_dim; ++d) {
+    StorePaired(static_cast<T*>(to.k), d, to.slot, kKvBlockTokens, stored[d]);
+  }
   saturated += QuantizeOnline<T>(task, v, range, stored);
   to.online->v_scale[to.slot] = range.scale;
   to.online->v_zero[to.slot] = range.zero;
-  StoreRow(At(static_cast<T*>(to.v), int64_t{to.slot} * task.padded_dim), stored, task.head_dim);
+  for (int32_t d = 0; d < task.head_dim; ++d) {
+    StorePaired(static_cast<T*>(to.v), to.slot, d, task.padded_dim, stored[d]);
+  }
   return saturated;
 }
 
 // One head's K into the block's columns [head_dim, 16], or V into its rows [16, padded_dim].
 template <typename T>
 int64_t AppendK(const RopeAppendTask& task, const float* k, const KvSlot& to) {
-  T* column = static_cast<T*>(to.k) + to.slot;
+  T* tile = static_cast<T*>(to.k);
   int64_t saturated = 0;
   ForLanes(task.head_dim, [&](int64_t i, int n) {
     T stored[16];
     saturated += Quantize(stored, LoadFirst(k + i, n), n, to.scales.k_scale + i, to.scales.k_zero_point + i);
-    for (int j = 0; j < n; ++j) column[(i + j) * kKvBlockTokens] = stored[j];
+    for (int j = 0; j < n; ++j) {
+      if constexpr (kIsInteger<T>) {
+        StorePaired(tile, i + j, to.slot, kKvBlockTokens, stored[j]);
+      } else {
+        tile[(i + j) * kKvBlockTokens + to.slot] = stored[j];
+      }
+    }
   });
   return saturated;
 }
 template <typename T>
 int64_t AppendV(const RopeAppendTask& task, const float* v, const KvSlot& to) {
-  T* row = static_cast<T*>(to.v) + int64_t{to.slot} * task.padded_dim;
+  T* tile = static_cast<T*>(to.v);
   int64_t saturated = 0;
   ForLanes(task.head_dim, [&](int64_t i, int n) {
-    saturated += Quantize(row + i, LoadFirst(v + i, n), n, to.scales.v_scale + i, to.scales.v_zero_point + i);
+    T stored[16];
+    saturated += Quantize(stored, LoadFirst(v + i, n), n, to.scales.v_scale + i, to.scales.v_zero_point + i);
+    if constexpr (kIsInteger<T>) {
+      for (int j = 0; j < n; ++j) StorePaired(tile, to.slot, i + j, task.padded_dim, stored[j]);
+    } else {
+      std::memcpy(tile + int64_t{to.slot} * task.padded_dim + i, stored, sizeof(stored));
+    }
   });
   return saturated;
 }

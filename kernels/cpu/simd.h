@@ -10,8 +10,7 @@ struct F16 {
 struct BF16 {
   uint16_t bits;
 };
-// Quantised elements of the online cache formats. Sixteen U4 are eight bytes: element i is in the lower half of byte i,
-// element i + 8 in the upper half.
+// Quantised elements of the online cache formats; a U4 is two.
 struct U8 {
   static constexpr float kLevels = 255;
   uint8_t bits;
@@ -20,13 +19,6 @@ struct U4 {
   static constexpr float kLevels = 15;
   uint8_t bits;
 };
-// Element `i` of an array; of U4, a multiple of sixteen.
-template <typename T>
-inline T* At(T* p, int64_t i) {
-  return p + i;
-}
-inline U4* At(U4* p, int64_t i) { return p + i / 2; }
-inline const U4* At(const U4* p, int64_t i) { return p + i / 2; }
 
 template <typename T>
 inline constexpr bool kIsStatic = false;
@@ -38,6 +30,10 @@ template <>
 inline constexpr bool kIsOnline<U8> = true;
 template <>
 inline constexpr bool kIsOnline<U4> = true;
+
+// Stored integers of the cache: pairs of them are multiplied as integers.
+template <typename T>
+inline constexpr bool kIsInteger = kIsStatic<T> || kIsOnline<T>;
 
 template <typename Vector>
 inline Vector LoadAs(const float* p) {
@@ -53,9 +49,7 @@ inline Vector LoadAs(const BF16* p) {
 }
 inline Vec Load(const F16* p) { return LoadF16(p); }
 inline Vec Load(const BF16* p) { return LoadBF16(p); }
-inline Vec Load(const int8_t* p) { return LoadI8(p); }
 inline Vec Load(const U8* p) { return LoadU8(p); }
-inline Vec Load(const U4* p) { return LoadU4(p); }
 inline float Widen(F16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
 
 // The first `count` elements, zeros after.
@@ -107,7 +101,7 @@ inline Vec Exp(Vec x) {
   p = Fma(p, r, Set(1.6666665459e-1f));
   p = Fma(p, r, Set(5.0000001201e-1f));
   p = Add(Fma(Mul(r, r), p, r), Set(1.0f));
-  return Select(Less(x, lowest), Zero(), Mul(p, PowerOfTwo(n)));
+  return Select(Less(x, lowest), Zero(), TimesPowerOfTwo(p, n));
 }
 inline float Exp(float x) {
   alignas(64) float lanes[16];

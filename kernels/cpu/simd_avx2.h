@@ -26,17 +26,11 @@ inline Vec Set(float x) { return Words<Pair>::Set(x); }
 inline Vec Load(const float* p) { return Words<Pair>::Load(p); }
 inline Vec LoadF16(const void* p) { return Words<Pair>::LoadF16(p); }
 inline Vec LoadBF16(const void* p) { return Words<Pair>::LoadBF16(p); }
-inline Vec LoadI8(const void* p) {
-  const __m128i x = _mm_loadu_si128(static_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x)))};
-}
-inline Vec WidenBytes(__m128i x) {
+inline Vec LoadU8(const void* p) {
+  const __m128i x = LoadBytes(p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)),
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(x, x)))};
 }
-inline Vec LoadU8(const void* p) { return WidenBytes(LoadBytes(p)); }
-inline Vec LoadU4(const void* p) { return WidenBytes(LoadNibbles(p)); }
 inline void StoreF16(void* p, Vec x) {
   auto* to = static_cast<__m128i*>(p);
   _mm_storeu_si128(to, _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -100,8 +94,10 @@ inline __m256 PowerOfTwo(__m256 n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
-// 2^n for whole n in [-126, 127].
-inline Vec PowerOfTwo(Vec n) { return {PowerOfTwo(n.lo), PowerOfTwo(n.hi)}; }
+// a 2^n for whole n in [-126, 127], where the product is a normal number.
+inline Vec TimesPowerOfTwo(Vec a, Vec n) {
+  return {_mm256_mul_ps(a.lo, PowerOfTwo(n.lo)), _mm256_mul_ps(a.hi, PowerOfTwo(n.hi))};
+}
 
 inline Mask Less(Vec a, Vec b) {
   return {_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)};

@@ -28,11 +28,6 @@ struct Words<Pair> {
 };
 
 inline __m128i LoadBytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-// Sixteen values of four bits, one per byte: of byte i, i < 8, first the lower half, then, after eight, the upper.
-inline __m128i LoadNibbles(const void* p) {
-  const __m128i x = _mm_loadl_epi64(static_cast<const __m128i*>(p)), lower = _mm_set1_epi8(15);
-  return _mm_unpacklo_epi64(_mm_and_si128(x, lower), _mm_and_si128(_mm_srli_epi16(x, 4), lower));
-}
 
 inline void Store(float* p, Pair x) {
   _mm256_storeu_ps(p, x.lo);
