@@ -83,6 +83,7 @@ void ScoreSplit(const Split& split, Range positions, const typename Stored<T>::W
     for (int32_t b = 0; b < count; ++b) {
       keys[b] = KeysOf<T>(split.tile, block + b);
       ahead[b] = KeysOf<T>(split.tile, BlockAhead(split.tile, block + b));
+      if (kIsOnline<T>) FetchLines<sizeof(OnlineBlock)>(&OnlineOf(split.tile, BlockAhead(split.tile, block + b)));
     }
     ForRuns(split.vectors, [&](int32_t first, auto run) {
       ScoreBlocks<T, run.kCount>(

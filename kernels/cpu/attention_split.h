@@ -32,7 +32,7 @@ inline Range RowRange(const AttentionTask& task, const AttentionTile& tile, int3
 // Which block is fetched into the second cache while `block` is multiplied, line by line: all at once they would only
 // wait in a queue.
 inline int32_t BlockAhead(const AttentionTile& tile, int32_t block) {
-  return Smaller(block + 4, (tile.first_position + tile.row_count - 1) / kKvBlockTokens);
+  return Smaller(block + kSplitTokens / kKvBlockTokens, (tile.first_position + tile.row_count - 1) / kKvBlockTokens);
 }
 // The lines that begin in `bytes` bytes from `at` on.
 template <int kBytes>
@@ -47,6 +47,9 @@ inline const T* KeysOf(const AttentionTile& tile, int32_t block) {
 template <typename T>
 inline const T* ValuesOf(const AttentionTile& tile, int32_t block) {
   return reinterpret_cast<const T*>(tile.blocks + tile.block_table[block] * tile.block_bytes + tile.v_offset);
+}
+inline const OnlineBlock& OnlineOf(const AttentionTile& tile, int32_t block) {
+  return *reinterpret_cast<const OnlineBlock*>(KeysOf<char>(tile, block) + tile.online_offset);
 }
 
 // Calls body(first, std::integral_constant-like M) over [0, count) in runs of 8 (AVX-512), 4, 2, 1 vectors.

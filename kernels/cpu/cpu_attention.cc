@@ -183,11 +183,14 @@ void CpuBackend::AttendBySplit(const AttentionTask& task, const CpuKvPool& pool,
   const auto state_of = [&](const RowTile& rows, int32_t split, int64_t head) {
     return partials + rows.partial_begin + ((split - rows.split_begin) * heads + head) * state_floats;
   };
-  team_.For(static_cast<int64_t>(tile_splits_.size()) * heads, [&](int64_t item, int thread) {
-    const TileSplit& part = tile_splits_[item / heads];
+  // Splits that follow each other in memory follow each other in a thread.
+  const int64_t splits = std::ssize(tile_splits_);
+  team_.For(splits * heads, [&](int64_t item, int thread) {
+    const TileSplit& part = tile_splits_[item % splits];
     const RowTile& rows = tiles_[part.tile];
-    const AttentionTile tile = TileOf(rows, pool, layer, static_cast<int>(item % heads));
-    attend_split(task, tile, part.split, state_of(rows, part.split, item % heads), scratch + thread * thread_floats);
+    const auto head = static_cast<int>(item / splits);
+    attend_split(task, TileOf(rows, pool, layer, head), part.split, state_of(rows, part.split, head),
+                 scratch + thread * thread_floats);
   });
   team_.For(static_cast<int64_t>(tiles_.size()) * heads, [&](int64_t item, int) {
     const RowTile& rows = tiles_[item / heads];
