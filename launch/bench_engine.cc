@@ -206,7 +206,8 @@ absl::Status BenchEngine(const RankFlags& ranks, const EngineFlags& flags, const
   engine::RankOptions options = ranks.rank;
   options.max_running = std::max(1, *std::ranges::max_element(flags.batches));
   options.max_tokens = std::max(flags.prompt, std::max(flags.depth, 1) + flags.steps);
-  options.max_step_rows = options.max_chunk_rows = std::max(flags.step_rows, options.max_running);
+  const int step_rows = flags.step_rows > 0 ? flags.step_rows : device.backend->step_rows();
+  options.max_step_rows = options.max_chunk_rows = std::max(step_rows, options.max_running);
   const int64_t blocks_each = (options.max_tokens + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
   RW_ASSIGN_OR_RETURN(engine::Rank rank, engine::LoadRank(options, *device.backend, communicator));
   if (rank.scheduler_options.block_count < blocks_each * options.max_running) {
@@ -254,7 +255,7 @@ void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
       ->transform(CLI::AsSizeValue(false));
   app.add_option("--step-rows", flags.step_rows, "Token rows of one step at most, e.g. of a prefill")
       ->check(CLI::Range(1, 1 << 16))
-      ->capture_default_str();
+      ->default_str("what the device serves with");
   AddRecordFlags(app, flags.record);
 }
 

@@ -28,7 +28,7 @@ struct EngineFlags {
   int prompt = 512;
   int steps = 24;
   int repeats = 5;
-  int step_rows = 512;
+  int step_rows = 0;  // 0: Backend::step_rows
   RecordFlags record;
 };
 void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags);
