@@ -168,10 +168,12 @@ struct StepRows {
   std::span<const int32_t> row_begin;                     // [segments + 1]
   std::span<const int32_t> first_position;                // [segments]
   std::span<const std::span<const int32_t>> block_table;  // [segments]
-  // What the step's RopeAppend and Attention will ask for, so that a device gets it with the rest; each op sends its
-  // own where it is not said.
+  // What the step's ops will ask for, so that a device gets it with the rest; each op sends its own where it is not
+  // said.
   const RopeTable* rope = nullptr;
-  int32_t query_group = 0;  // query heads of a KV head
+  int32_t query_group = 0;          // query heads of a KV head
+  std::span<const int32_t> picked;  // PickRows is called with pieces of it
+  std::span<const DrawRule> rules;  // and Draw with pieces of these
   int32_t row_count() const { return static_cast<int32_t>(tokens.size()); }
   int32_t segment_count() const { return static_cast<int32_t>(first_position.size()); }
 };
@@ -237,6 +239,8 @@ class Backend {
   // many rows, and nothing that waits.
   virtual std::unique_ptr<Repeated> Repeat(std::function<absl::Status()> issue);
 
+  // `table` will be looked up in many steps: a device may keep a copy in its own memory.
+  virtual absl::Status KeepTable(const EmbeddingTable& /*table*/) { return absl::OkStatus(); }
   // x [rows, hidden] = table[tokens]. InvalidArgument names a token outside the table.
   virtual absl::Status Embed(const EmbeddingTable& table, float* x) = 0;
 

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -104,16 +105,21 @@ TEST_P(RowsTest, SiluMul) {
 TEST_P(RowsTest, EmbedReadsEveryDtypeAndRefusesForeignTokens) {
   Random random(TestSeed());
   const auto backend = MakeBackend(GetParam(), 2);
-  for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+  for (const int i : {0, 1, 2, 3, 4, 5}) {
+    const DType dtype = std::array{DType::kF32, DType::kF16, DType::kBF16}[i % 3];
+    const bool is_kept = i >= 3;
     for (int64_t width : kWidths) {
       const HostMatrix table(random.Floats(7 * width), 7, dtype);
       Step step = PlainStep(20);
       for (int32_t& token : step.tokens()) token = random.Int(0, 6);
+      if (is_kept) {
+        ASSERT_TRUE(backend->KeepTable(table.view()).ok());
+      }
       ASSERT_TRUE(backend->BeginStep(step.rows()).ok());
       Guarded x(20 * width);
       ASSERT_TRUE(backend->Embed(table.view(), x.data()).ok());
       EXPECT_TRUE(x.BandsAreIntact());
-      for (int64_t i = 0; i < 20 * width; ++i) ASSERT_EQ(x.data()[i], table.at(step.tokens()[i / width], i % width));
+      for (int64_t j = 0; j < 20 * width; ++j) ASSERT_EQ(x.data()[j], table.at(step.tokens()[j / width], j % width));
       for (int32_t token : {-1, 7}) {
         step.tokens()[3] = token;
         const absl::Status status = backend->Embed(table.view(), x.data());

@@ -36,6 +36,8 @@ constexpr int64_t kMostPartials = int64_t{16} << 20;
 constexpr int32_t kMostRecordedRows = 64;
 constexpr size_t kMostRecordings = 128;
 
+int64_t RoundUpTo8(int64_t bytes) { return (bytes + 7) / 8 * 8; }
+
 // All that the launches of a step depend on beside the numbers in device memory.
 struct StepShape {
   int64_t row_count, tile_count, split_bound;
@@ -106,6 +108,7 @@ class CudaBackend : public Backend {
   }
   std::unique_ptr<Repeated> Repeat(std::function<absl::Status()> issue) override;
 
+  absl::Status KeepTable(const EmbeddingTable& table) override;
   absl::Status Embed(const EmbeddingTable& table, float* x) override;
   absl::Status RmsNorm(float* out, const float* x, const float* weight, int64_t width, float eps) override {
     // Without delta x is only read.
@@ -152,6 +155,20 @@ class CudaBackend : public Backend {
   void WriteAngles(const RopeTable& rope, float* to) const;
   void CheckAngles(const RopeTable& rope) const;
   void BuildTiles(int group);
+  void CheckPicked(std::span<const int32_t> picked) const;
+  // Where `values` lie on the device: in the plan, if they are a piece of what came with it, else sent alone.
+  template <typename T>
+  absl::StatusOr<const T*> OnDevice(std::span<const T> values, std::span<const T> of_plan, const T* plan_on_device,
+                                    Staging& alone) {
+    if (values.data() >= of_plan.data() && values.data() + values.size() <= of_plan.data() + of_plan.size()) {
+      return plan_on_device + (values.data() - of_plan.data());
+    }
+    const auto bytes = static_cast<int64_t>(values.size_bytes());
+    RW_ASSIGN_OR_RETURN(std::byte * memory, alone.Reserve(bytes));
+    std::memcpy(memory, values.data(), bytes);
+    RW_RETURN_IF_ERROR(alone.Send(bytes, stream()));
+    return reinterpret_cast<const T*>(alone.device());
+  }
   absl::Status SendAngles(const RopeTable& rope);
   absl::Status SendTiles(int group);
   // At least as many splits as any tile's windows reach into, and the same number for steps of one shape.
@@ -166,12 +183,14 @@ class CudaBackend : public Backend {
   ThreadTeam team_;  // packs
   StepIndex step_;
 
-  // Of the step, in one copy: tiles, angles, position [rows], block [rows], block tables. Tiles and angles come alone
-  // where an op asks for others.
-  Staging plan_, other_tiles_, other_angles_;
+  // Of the step, in one copy: tiles, angles, position [rows], block [rows], block tables, rules, tokens [rows], picked
+  // rows. Where an op asks for others than the step said, these come alone.
+  Staging plan_, other_tiles_, other_angles_, other_rows_, other_picked_, other_rules_;
   const cuda::AttentionTile* tiles_on_device_ = nullptr;
   const float* angles_on_device_ = nullptr;
   const int32_t *position_on_device_ = nullptr, *block_on_device_ = nullptr, *tables_on_device_ = nullptr;
+  const DrawRule* rules_on_device_ = nullptr;
+  const int32_t *tokens_on_device_ = nullptr, *picked_on_device_ = nullptr;
   const RopeTable* angles_of_ = nullptr;  // whose angles are there
   int tiles_of_ = 0;                      // the group whose tiles are there
   std::vector<cuda::AttentionTile> tiles_;
@@ -183,7 +202,8 @@ class CudaBackend : public Backend {
   int64_t step_count_ = 0;
   std::optional<ProfilerRange> step_range_, layer_range_;
 
-  Staging embeddings_, picked_, rules_;
+  const std::byte* kept_table_ = nullptr;  // where it lies on the host
+  DeviceMemory kept_rows_;
   ReadBack drawn_;
   DeviceMemory weights_;  // of Draw
   int64_t weights_capacity_ = 0;
@@ -199,6 +219,10 @@ void CudaBackend::WriteAngles(const RopeTable& rope, float* to) const {
       to = std::copy_n(table->data() + step_.position(row) * half, half, to);
     }
   }
+}
+
+void CudaBackend::CheckPicked(std::span<const int32_t> picked) const {
+  for (const int32_t row : picked) RW_CHECK(row >= 0 && row < step_.row_count(), absl::StrCat("picked row ", row));
 }
 
 void CudaBackend::BuildTiles(int group) {
@@ -219,7 +243,7 @@ void CudaBackend::BuildTiles(int group) {
   split_bound_ = static_cast<int64_t>(std::bit_ceil(static_cast<uint32_t>(last / cuda::kSplitTokens + 1)));
 }
 
-// Tables come last, so that the rest lies in one place in steps of one shape.
+// What recorded ops read comes first and tables behind that, so that it lies in one place in steps of one shape.
 absl::Status CudaBackend::BeginStep(const StepRows& rows) {
   RW_RETURN_IF_ERROR(Use());
   step_.Build(rows);
@@ -239,7 +263,10 @@ absl::Status CudaBackend::BeginStep(const StepRows& rows) {
   const int64_t angles_at = static_cast<int64_t>(tiles_.size() * sizeof(cuda::AttentionTile));
   const int64_t angle_count = angles_of_ == nullptr ? 0 : count * (angles_of_->rotary_dim / 2 * 2);
   const int64_t rows_at = angles_at + angle_count * static_cast<int64_t>(sizeof(float));
-  const int64_t bytes = rows_at + (2 * count + table_blocks) * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t rules_at = RoundUpTo8(rows_at + (2 * count + table_blocks) * static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t tokens_at = rules_at + static_cast<int64_t>(rows.rules.size_bytes());
+  const int64_t picked_at = tokens_at + static_cast<int64_t>(rows.tokens.size_bytes());
+  const int64_t bytes = picked_at + static_cast<int64_t>(rows.picked.size_bytes());
 
   const std::byte* before = plan_.device();
   RW_ASSIGN_OR_RETURN(std::byte * memory, plan_.Reserve(bytes));
@@ -256,11 +283,18 @@ absl::Status CudaBackend::BeginStep(const StepRows& rows) {
   }
   to += 2 * count;
   for (const auto& table : rows.block_table) to = std::copy(table.begin(), table.end(), to);
+  std::ranges::copy(rows.rules, reinterpret_cast<DrawRule*>(memory + rules_at));
+  std::ranges::copy(rows.tokens, reinterpret_cast<int32_t*>(memory + tokens_at));
+  CheckPicked(rows.picked);
+  std::ranges::copy(rows.picked, reinterpret_cast<int32_t*>(memory + picked_at));
   tiles_on_device_ = reinterpret_cast<const cuda::AttentionTile*>(plan_.device());
   angles_on_device_ = reinterpret_cast<const float*>(plan_.device() + angles_at);
   position_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + rows_at);
   block_on_device_ = position_on_device_ + count;
   tables_on_device_ = block_on_device_ + count;
+  rules_on_device_ = reinterpret_cast<const DrawRule*>(plan_.device() + rules_at);
+  tokens_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + tokens_at);
+  picked_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + picked_at);
   return plan_.Send(bytes, stream());
 }
 
@@ -314,21 +348,37 @@ std::optional<StepShape> CudaBackend::RecordableShape() const {
   return StepShape{.row_count = step_.row_count(), .tile_count = std::ssize(tiles_), .split_bound = split_bound_};
 }
 
+absl::Status CudaBackend::KeepTable(const EmbeddingTable& table) {
+  RW_RETURN_IF_ERROR(Use());
+  const int64_t row_bytes = table.cols * DTypeBytes(table.dtype);
+  RW_ASSIGN_OR_RETURN(kept_rows_, AllocateDevice(table.rows * row_bytes));
+  RW_CUDA(cudaMemcpy2DAsync(kept_rows_.get(), row_bytes, table.data, table.row_stride * DTypeBytes(table.dtype),
+                            row_bytes, table.rows, cudaMemcpyHostToDevice, stream()));
+  RW_CUDA(cudaStreamSynchronize(stream()));
+  kept_table_ = table.data;
+  return absl::OkStatus();
+}
+
 absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
   const ProfilerRange range("Embed");
   RW_RETURN_IF_ERROR(Use());
   RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
-  const int64_t row_bytes = table.cols * DTypeBytes(table.dtype), pitch = (row_bytes + 15) / 16 * 16;
-  const int64_t count = step_.row_count();
-  RW_ASSIGN_OR_RETURN(std::byte * memory, embeddings_.Reserve(count * pitch));
-  for (const int32_t token : step_.rows().tokens) {
-    std::memcpy(memory, table.data + token * table.row_stride * DTypeBytes(table.dtype), row_bytes);
-    memory += pitch;
+  cuda::WidenTask task{
+      .out = x, .row_bytes = table.cols * DTypeBytes(table.dtype), .row_count = step_.row_count(), .width = table.cols};
+  if (table.data == kept_table_) {
+    task.rows = reinterpret_cast<const unsigned char*>(kept_rows_.get());
+    task.tokens = tokens_on_device_;
+  } else {
+    const int64_t bytes = task.row_count * task.row_bytes;
+    RW_ASSIGN_OR_RETURN(std::byte * memory, other_rows_.Reserve(bytes));
+    for (const int32_t token : step_.rows().tokens) {
+      std::memcpy(memory, table.data + token * table.row_stride * DTypeBytes(table.dtype), task.row_bytes);
+      memory += task.row_bytes;
+    }
+    RW_RETURN_IF_ERROR(other_rows_.Send(bytes, stream()));
+    task.rows = reinterpret_cast<const unsigned char*>(other_rows_.device());
   }
-  RW_RETURN_IF_ERROR(embeddings_.Send(count * pitch, stream()));
-  return CudaStatus(cuda::WidenRows(x, embeddings_.device(), static_cast<cuda::Element>(table.dtype), pitch, count,
-                                    table.cols, stream()),
-                    "Embed");
+  return CudaStatus(cuda::WidenRows(task, static_cast<cuda::Element>(table.dtype), stream()), "Embed");
 }
 
 absl::Status CudaBackend::MatMul(float* y, const float* x, int64_t row_count, const PackedMatrix& weights,
@@ -472,17 +522,10 @@ absl::Status CudaBackend::Attention(float* out, const float* qkv, const Attentio
 absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) {
   const ProfilerRange range("PickRows");
   RW_RETURN_IF_ERROR(Use());
-  const auto bytes = static_cast<int64_t>(picked.size_bytes());
-  RW_ASSIGN_OR_RETURN(std::byte * memory, picked_.Reserve(bytes));
-  for (const int32_t row : picked) {
-    RW_CHECK(row >= 0 && row < step_.row_count(), absl::StrCat("picked row ", row));
-    std::memcpy(memory, &row, sizeof(row));
-    memory += sizeof(row);
-  }
-  RW_RETURN_IF_ERROR(picked_.Send(bytes, stream()));
-  return CudaStatus(cuda::PickRows(out, x, reinterpret_cast<const int32_t*>(picked_.device()),
-                                   static_cast<int64_t>(picked.size()), width, stream()),
-                    "PickRows");
+  CheckPicked(picked);
+  RW_ASSIGN_OR_RETURN(const int32_t* on_device,
+                      OnDevice(picked, step_.rows().picked, picked_on_device_, other_picked_));
+  return CudaStatus(cuda::PickRows(out, x, on_device, std::ssize(picked), width, stream()), "PickRows");
 }
 
 absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
@@ -491,10 +534,8 @@ absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std:
   RW_CHECK(ids.size() == rules.size() && vocab_size > 0 && vocab_size <= 1 << kMostVocabularyBits);
   if (rules.empty()) return absl::OkStatus();
   RW_RETURN_IF_ERROR(Use());
-  const auto count = std::ssize(rules), bytes = static_cast<int64_t>(rules.size_bytes());
-  RW_ASSIGN_OR_RETURN(std::byte * memory, rules_.Reserve(bytes));
-  std::memcpy(memory, rules.data(), bytes);
-  RW_RETURN_IF_ERROR(rules_.Send(bytes, stream()));
+  RW_ASSIGN_OR_RETURN(const DrawRule* on_device, OnDevice(rules, step_.rows().rules, rules_on_device_, other_rules_));
+  const auto count = std::ssize(rules);
   const int64_t scratch = count * vocab_size * static_cast<int64_t>(sizeof(uint64_t));
   if (scratch > weights_capacity_) {
     RW_ASSIGN_OR_RETURN(weights_, AllocateDevice(scratch));
@@ -503,7 +544,7 @@ absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std:
   RW_ASSIGN_OR_RETURN(std::byte * drawn, drawn_.Reserve(static_cast<int64_t>(ids.size_bytes())));
   const cuda::DrawTask task{.ids = reinterpret_cast<int32_t*>(drawn),
                             .logits = logits,
-                            .rules = reinterpret_cast<const DrawRule*>(rules_.device()),
+                            .rules = on_device,
                             .weights = reinterpret_cast<uint64_t*>(weights_.get()),
                             .row_count = count,
                             .vocab_size = vocab_size};

@@ -12,9 +12,15 @@ namespace rankwise::kernels::cuda {
 
 enum class Element : uint8_t { kF32, kF16, kBF16 };
 
-// out [rows, width] = rows of `element` that are `row_bytes` apart.
-cudaError_t WidenRows(float* out, const void* rows, Element element, int64_t row_bytes, int64_t row_count,
-                      int64_t width, cudaStream_t stream);
+// out [row_count, width] = rows of `element` that are `row_bytes` apart: rows[tokens[r]], or rows[r] where tokens is
+// null.
+struct WidenTask {
+  float* out;
+  const unsigned char* rows;
+  const int32_t* tokens;
+  int64_t row_bytes, row_count, width;
+};
+cudaError_t WidenRows(const WidenTask& task, Element element, cudaStream_t stream);
 
 // What the norm kernels do with a row: x += delta + bias first (delta and bias may be null), then, where `weight` is
 // not null, out = x / sqrt(mean(x²) + eps) * weight. Without delta x is only read, and `out` may be x.

@@ -9,10 +9,10 @@ namespace {
 constexpr int kThreads = 128;
 
 template <Element kElement>
-__global__ void __launch_bounds__(kThreads)
-    WidenRowsKernel(float* out, const unsigned char* rows, int64_t row_bytes, int64_t width) {
-  const unsigned char* row = rows + blockIdx.x * row_bytes;
-  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+__global__ void __launch_bounds__(kThreads) WidenRowsKernel(const __grid_constant__ WidenTask task) {
+  const int64_t index = task.tokens ? task.tokens[blockIdx.x] : int64_t{blockIdx.x};
+  const unsigned char* row = task.rows + index * task.row_bytes;
+  for (int64_t i = threadIdx.x; i < task.width; i += kThreads) {
     float x;
     if constexpr (kElement == Element::kF32) {
       x = reinterpret_cast<const float*>(row)[i];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
       const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[i];
       x = kElement == Element::kF16 ? HalfToFloat(bits) : BFloat16ToFloat(bits);
     }
-    out[blockIdx.x * width + i] = x;
+    task.out[blockIdx.x * task.width + i] = x;
   }
 }
 
@@ -74,13 +74,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t WidenRows(float* out, const void* rows, Element element, int64_t row_bytes, int64_t row_count,
-                      int64_t width, cudaStream_t stream) {
+cudaError_t WidenRows(const WidenTask& task, Element element, cudaStream_t stream) {
   auto* kernel = element == Element::kF32   ? WidenRowsKernel<Element::kF32>
                  : element == Element::kF16 ? WidenRowsKernel<Element::kF16>
                                             : WidenRowsKernel<Element::kBF16>;
-  return Launch(kernel, dim3(row_count), kThreads, 0, stream, out, static_cast<const unsigned char*>(rows), row_bytes,
-                width);
+  return Launch(kernel, dim3(task.row_count), kThreads, 0, stream, task);
 }
 
 cudaError_t AddAndNorm(const NormTask& task, cudaStream_t stream) {

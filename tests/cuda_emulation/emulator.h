@@ -66,6 +66,8 @@ void MultiplyFragments(Meeting& meeting);
 
 // Bytes that cudaMemcpyAsync has brought to the host so far, on any thread.
 int64_t BytesToHost();
+// Calls of cudaMemcpyAsync to the device so far, on any thread.
+int64_t CopiesToDevice();
 
 // A profiler's: how many ranges this thread was in before the call, -1 for one too many left. And all that it entered
 // since the last TakeRanges, each with those around it: "step 1, 3 rows/layer 0/MatMul".

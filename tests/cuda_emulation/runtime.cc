@@ -50,7 +50,7 @@ bool IsIntact([[maybe_unused]] const unsigned char* begin, [[maybe_unused]] cons
 
 thread_local std::string last_fault;
 thread_local std::vector<std::string> open_ranges, ranges;
-std::atomic<int64_t> bytes_to_host{0}, graph_launches{0};
+std::atomic<int64_t> bytes_to_host{0}, copies_to_device{0}, graph_launches{0};
 
 }  // namespace
 
@@ -67,6 +67,7 @@ std::string CheckAllocations() {
 }
 
 int64_t BytesToHost() { return bytes_to_host; }
+int64_t CopiesToDevice() { return copies_to_device; }
 
 int EnterRange(const char* name) {
   const int depth = static_cast<int>(open_ranges.size());
@@ -263,7 +264,18 @@ cudaError_t cudaFreeHost(void* memory) {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   return Issue(stream, [=] {
     if (kind == cudaMemcpyDeviceToHost) bytes_to_host += static_cast<int64_t>(bytes);
+    if (kind == cudaMemcpyHostToDevice) ++copies_to_device;
     if (bytes > 0) std::memcpy(to, from, bytes);
+    return "";
+  });
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind, cudaStream_t stream) {
+  if (width > to_pitch || width > from_pitch) return cudaErrorInvalidValue;
+  return Issue(stream, [=] {
+    for (size_t row = 0; row < height; ++row) {
+      std::memcpy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
+    }
     return "";
   });
 }

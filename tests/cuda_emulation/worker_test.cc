@@ -123,6 +123,30 @@ TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
   for (const auto& [id, result] : results) EXPECT_EQ(result.tokens, expected.at(id).tokens);
 }
 
+// Whatever a step needs beside weights and cache: rows of prompts, of decoding sequences and of drafts alike.
+TEST(CudaPlanTest, AStepIsOneCopyToTheDevice) {
+  engine::RankOptions options;
+  options.model_dir = SourcePath("launch/demo_model");
+  options.kv = "f16";
+  options.max_tokens = 64;
+  options.max_running = 2;
+  options.max_chunk_rows = 16;
+  auto group = ThreadGroup::Start(options, 1, [](int) { return kernels::CreateCudaBackend({}); });
+  ASSERT_TRUE(group.ok()) << group.status();
+  std::vector<Request> requests;
+  for (const int length : {40, 5}) {
+    Request request{.id = SequenceId{requests.size() + 1}};
+    for (int t = 0; t < length; ++t) request.prompt.push_back(3 + t % 7);
+    request.sampling = {.max_tokens = 8, .temperature = 0, .ignore_eos = true};
+    if (length == 40) request.sampling.logit_bias = {{5, 100.0f}};  // repeats itself
+    requests.push_back(std::move(request));
+  }
+  const int64_t before = cuda_emulation::CopiesToDevice();
+  RunAll((*group)->engine(), requests);
+  EXPECT_GT((*group)->engine().scheduler().load().drafted_tokens, 0);
+  EXPECT_EQ(cuda_emulation::CopiesToDevice() - before, (*group)->engine().counters().steps);
+}
+
 // Recorded steps do what issued ones do, also when a batch shrinks.
 TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
   engine::RankOptions options;

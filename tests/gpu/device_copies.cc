@@ -66,6 +66,7 @@ class DeviceCopies : public Backend {
     return device_->BeginStep(rows);
   }
 
+  absl::Status KeepTable(const EmbeddingTable& table) override { return device_->KeepTable(table); }
   absl::Status Embed(const EmbeddingTable& table, float* x) override {
     const Copy out = Of(x, row_count_ * table.cols);
     RW_RETURN_IF_ERROR(Told(device_->Embed(table, out.get())));

@@ -71,6 +71,7 @@ absl::StatusOr<Backend::Floats> Decoder::Upload(const std::vector<float>& host) 
 absl::Status Decoder::Load(const weights::Checkpoint& checkpoint) {
   const weights::OuterWeights outer = checkpoint.Outer(plan_);
   embedding_ = outer.embedding;
+  RW_RETURN_IF_ERROR(backend_.KeepTable(embedding_));
   RW_ASSIGN_OR_RETURN(final_norm_, Upload(outer.final_norm));
   RW_ASSIGN_OR_RETURN(output_, backend_.Pack(std::span(&outer.output, 1), OneChunk(config_.hidden_size)));
   layers_.reserve(config_.n_layers);
@@ -197,9 +198,16 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
   RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
   // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
   RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
+  rules_.clear();
+  if (plan_.world_size == 1) {
+    // Rows whose logits are taken are drawn from too, in the cheapest way.
+    for (const auto& rule : sink.rules) rules_.push_back(rule.value_or(kernels::DrawRule{.temperature = 0}));
+  }
   kernels::StepRows step = rows;
   step.rope = &rope_;
   step.query_group = attention_.n_heads_local / attention_.n_kv_heads_local;
+  step.picked = logit_rows;
+  step.rules = rules_;
   RW_RETURN_IF_ERROR(backend_.BeginStep(step));
   RW_RETURN_IF_ERROR(backend_.Embed(embedding_, x_.get()));
   row_count_ = rows.row_count();
@@ -284,16 +292,12 @@ absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const RowS
 
 absl::Status Decoder::EmitWholeRows(int32_t begin, int32_t count, const RowSink& sink) {
   const auto rule_of = [&](int32_t i) { return sink.rules.empty() ? std::nullopt : sink.rules[begin + i]; };
-  rules_.clear();
   bool draws = false;
-  for (int32_t i = 0; i < count; ++i) {
-    draws |= rule_of(i).has_value();
-    // Rows whose logits are taken are drawn from too, in the cheapest way.
-    rules_.push_back(rule_of(i).value_or(kernels::DrawRule{.temperature = 0}));
-  }
+  for (int32_t i = 0; i < count; ++i) draws |= rule_of(i).has_value();
   drawn_.resize(count);
   if (draws) {
-    RW_RETURN_IF_ERROR(backend_.Draw(drawn_, logits_local_.get(), rules_, static_cast<int32_t>(config_.vocab_size)));
+    RW_RETURN_IF_ERROR(backend_.Draw(drawn_, logits_local_.get(), std::span(rules_).subspan(begin, count),
+                                     static_cast<int32_t>(config_.vocab_size)));
   }
   for (int32_t i = 0; i < count; ++i) {
     if (rule_of(i).has_value()) {

@@ -116,7 +116,7 @@ class Decoder {
   kernels::Backend::Floats picked_, logits_local_;  // [kLogitRows, hidden], [kLogitRows, vocab_local]
   std::vector<float> part_, gathered_, logits_;     // host: this rank's part, all parts, one row in vocabulary order
   std::vector<int64_t> vocab_counts_;               // per rank
-  std::vector<kernels::DrawRule> rules_;
+  std::vector<kernels::DrawRule> rules_;            // of the step's logit rows
   std::vector<int32_t> drawn_;
   std::optional<kernels::TokenDraw> draw_;  // of gathered rows
 };
