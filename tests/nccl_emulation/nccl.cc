@@ -44,7 +44,12 @@ void Work(Group& group) {
   const size_t ranks = group.calls.size();
   const size_t bytes = group.calls[0].count * kFloatBytes;
   if (group.calls[0].receive == nullptr) return;
-  const bool is_gather = std::string_view(group.calls[0].name) == "ncclAllGather";
+  const std::string_view name = group.calls[0].name;
+  if (name == "ncclBroadcast") {
+    for (size_t to = 1; to < ranks; ++to) std::memcpy(group.calls[to].receive, group.calls[0].send, bytes);
+    return;
+  }
+  const bool is_gather = name == "ncclAllGather";
   for (size_t from = 0; from < ranks; ++from) {
     for (size_t to = 0; to < ranks; ++to) {
       const char* part = group.calls[from].send + (is_gather ? 0 : to * bytes);
@@ -187,6 +192,13 @@ ncclResult_t Exchange(const Call& call, ncclDataType_t type, ncclComm_t comm, cu
 ncclResult_t ncclAllGather(const void* send, void* receive, size_t count, ncclDataType_t type, ncclComm_t comm,
                            cudaStream_t stream) {
   return Exchange({"ncclAllGather", static_cast<const char*>(send), static_cast<char*>(receive), count}, type, comm,
+                  stream);
+}
+
+ncclResult_t ncclBroadcast(const void* send, void* receive, size_t count, ncclDataType_t type, int root,
+                           ncclComm_t comm, cudaStream_t stream) {
+  if (root != 0) return ncclInvalidArgument;
+  return Exchange({"ncclBroadcast", static_cast<const char*>(send), static_cast<char*>(receive), count}, type, comm,
                   stream);
 }
 

@@ -125,7 +125,7 @@ TEST_F(NcclCommunicatorTest, ALostHostEndsNcclToo) {
 TEST_F(NcclCommunicatorTest, SumsAreRecordedAndDoneAgain) {
   RunTwo([&](Communicator& group) {
     const cudaStream_t stream = streams_[group.rank()];
-    ASSERT_TRUE(group.has_repeatable_sums());
+    ASSERT_NE(group.on_stream(), nullptr);
     DeviceFloats few(7), many(70'002);
     ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
     EXPECT_EQ(group.AllReduceSum(few.values, kTimeout), absl::OkStatus());
@@ -148,6 +148,53 @@ TEST_F(NcclCommunicatorTest, SumsAreRecordedAndDoneAgain) {
       ASSERT_EQ(group.Barrier(kTimeout), absl::OkStatus());
     }
     EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  });
+}
+
+// Of one piece and of several, uneven, to a rank that wants them and to one that does not.
+TEST_F(NcclCommunicatorTest, ColumnsOfAllRanksBecomeRows) {
+  RunTwo([&](Communicator& group) {
+    for (const auto& [rows, left, right] :
+         std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {5, 3, 2}, {37, 70'001, 70'000}}) {
+      const std::array widths = {left, right};
+      const int64_t own = widths[group.rank()], begin = group.rank() * left, whole = left + right;
+      const auto value = [](int64_t row, int64_t column) { return static_cast<float>(row * 200'000 + column); };
+      DeviceFloats part(rows * own), all(rows * whole);
+      for (int64_t i = 0; i < rows * own; ++i) part.values[i] = value(i / own, begin + i % own);
+      std::ranges::fill(all.values, -1.0f);
+      const bool is_wanted = group.rank() == 0;
+      ASSERT_EQ(group.on_stream()->GatherColumns(part.values, widths, rows, is_wanted ? all.values : std::span<float>(),
+                                                 kTimeout),
+                absl::OkStatus());
+      ASSERT_EQ(group.Wait(kTimeout), absl::OkStatus());
+      for (int64_t i = 0; i < rows * whole; ++i) {
+        ASSERT_EQ(all.values[i], is_wanted ? value(i / whole, i % whole) : -1) << i << " of width " << whole;
+      }
+    }
+  });
+}
+
+TEST_F(NcclCommunicatorTest, TheFirstRanksBitsAreShared) {
+  RunTwo([](Communicator& group) {
+    DeviceFloats ids(3);
+    const std::array<int32_t, 3> sent = {-1, 7, 0x7fc00001};
+    if (group.rank() == 0) std::memcpy(ids.values.data(), sent.data(), sizeof sent);
+    ASSERT_EQ(group.on_stream()->Share(ids.values, kTimeout), absl::OkStatus());
+    ASSERT_EQ(group.Wait(kTimeout), absl::OkStatus());
+    EXPECT_EQ(std::memcmp(ids.values.data(), sent.data(), sizeof sent), 0);
+  });
+}
+
+// What a rank waits for may lie before the last that it issued, or never come.
+TEST_F(NcclCommunicatorTest, WaitsUntilItIsTold) {
+  RunTwo([](Communicator& group) {
+    int asked = 0;
+    EXPECT_EQ(group.on_stream()->WaitUntil([&] { return ++asked == 3; }, kTimeout), absl::OkStatus());
+    EXPECT_EQ(asked, 3);
+    ASSERT_EQ(group.Barrier(kTimeout), absl::OkStatus());
+    const absl::Status late = group.on_stream()->WaitUntil([] { return false; }, kShort);
+    EXPECT_EQ(late.code(), absl::StatusCode::kDeadlineExceeded) << late;
+    EXPECT_EQ(group.Wait(kTimeout), late);
   });
 }
 

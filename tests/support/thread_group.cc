@@ -15,9 +15,10 @@ absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::Ra
 }
 
 absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::RankOptions& options, int tp,
-                                                                const MakeBackend& make) {
+                                                                const MakeBackend& make, const Join& join) {
   auto group = std::unique_ptr<ThreadGroup>(new ThreadGroup());
-  group->communicators_ = comm::CreateThreadCommunicators(tp);
+  group->hosts_ = comm::CreateThreadCommunicators(tp);
+  group->joined_.resize(tp);
   group->ranks_.resize(tp);
   group->follower_status_.resize(tp);
   for (int r = 0; r < tp; ++r) {
@@ -29,7 +30,13 @@ absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::Ra
     std::vector<std::jthread> loaders;
     for (int r = 0; r < tp; ++r) {
       loaders.emplace_back([&, r] {
-        auto rank = engine::LoadRank(options, *group->backends_[r], *group->communicators_[r]);
+        if (join) {
+          auto joined = join(*group->hosts_[r], *group->backends_[r]);
+          loaded[r] = joined.status();
+          if (!joined.ok()) return;
+          group->joined_[r] = *std::move(joined);
+        }
+        auto rank = engine::LoadRank(options, *group->backends_[r], group->communicator(r));
         loaded[r] = rank.status();
         if (rank.ok()) group->ranks_[r] = *std::move(rank);
       });
@@ -37,11 +44,11 @@ absl::StatusOr<std::unique_ptr<ThreadGroup>> ThreadGroup::Start(const engine::Ra
   }
   for (const absl::Status& status : loaded) RW_RETURN_IF_ERROR(status);
   engine::Rank& lead = group->ranks_[0];
-  group->engine_ = std::make_unique<engine::Engine>(lead.scheduler_options, *lead.executor, *group->communicators_[0],
+  group->engine_ = std::make_unique<engine::Engine>(lead.scheduler_options, *lead.executor, group->communicator(0),
                                                     lead.decoder->config().eos_ids, options.collective_timeout);
   for (int r = 1; r < tp; ++r) {
     group->followers_.emplace_back([raw = group.get(), r, timeout = options.collective_timeout] {
-      raw->follower_status_[r] = engine::Follow(*raw->ranks_[r].executor, *raw->communicators_[r], timeout,
+      raw->follower_status_[r] = engine::Follow(*raw->ranks_[r].executor, raw->communicator(r), timeout,
                                                 [r] { return "rank " + std::to_string(r); });
     });
   }
@@ -66,7 +73,7 @@ absl::Status ThreadGroup::Finish(
   {
     std::vector<std::jthread> threads;
     for (size_t r = 0; r < ranks_.size(); ++r) {
-      threads.emplace_back([&, r] { ended[r] = collective(ranks_[r], *communicators_[r]); });
+      threads.emplace_back([&, r] { ended[r] = collective(ranks_[r], communicator(r)); });
     }
   }
   for (const absl::Status& status : ended) RW_RETURN_IF_ERROR(status);

@@ -20,10 +20,13 @@ class ThreadGroup {
  public:
   static absl::StatusOr<std::unique_ptr<ThreadGroup>> Start(const engine::RankOptions& options, int tp,
                                                             int threads_per_rank = 1);
-  // On backends that `make` makes, one for each rank.
+  // On backends that `make` makes, one for each rank, and what `join`, called by all ranks at once, makes of each one's
+  // communicator.
   using MakeBackend = std::function<absl::StatusOr<std::unique_ptr<kernels::Backend>>(int rank)>;
+  using Join = std::function<absl::StatusOr<std::unique_ptr<comm::Communicator>>(comm::Communicator& host,
+                                                                                 kernels::Backend& backend)>;
   static absl::StatusOr<std::unique_ptr<ThreadGroup>> Start(const engine::RankOptions& options, int tp,
-                                                            const MakeBackend& make);
+                                                            const MakeBackend& make, const Join& join = nullptr);
   // Ends the followers and checks that they ended well and that the scheduler's books balance.
   ~ThreadGroup();
 
@@ -36,9 +39,11 @@ class ThreadGroup {
  private:
   ThreadGroup() = default;
   void StopServing();
+  comm::Communicator& communicator(int r) const { return joined_[r] ? *joined_[r] : *hosts_[r]; }
 
-  std::vector<std::unique_ptr<comm::Communicator>> communicators_;
+  std::vector<std::unique_ptr<comm::Communicator>> hosts_;
   std::vector<std::unique_ptr<kernels::Backend>> backends_;
+  std::vector<std::unique_ptr<comm::Communicator>> joined_;  // over hosts_; null where these are all
   std::vector<engine::Rank> ranks_;
   std::unique_ptr<engine::Engine> engine_;
   std::vector<std::jthread> followers_;

@@ -2,15 +2,34 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
 namespace rankwise::comm {
+
+// What a communicator of a device does there as work of the device's stream alone, beside its sums: everything is in
+// memory of the rank's device, and is issued when a call returns.
+class StreamCollectives {
+ public:
+  // all [row_count, Σ widths] = [rank 0's columns | rank 1's | ...], each rank's part being [row_count, widths[rank]];
+  // on a rank that does not want them `all` is empty.
+  virtual absl::Status GatherColumns(std::span<const float> part, std::span<const int64_t> widths, int64_t row_count,
+                                     std::span<float> all, absl::Duration timeout) = 0;
+  // Rank 0's values become everybody's, as bits.
+  virtual absl::Status Share(std::span<float> values, absl::Duration timeout) = 0;
+  // Until `has_come` says so, as Communicator::Wait. Not collective.
+  virtual absl::Status WaitUntil(const std::function<absl::StatusOr<bool>()>& has_come, absl::Duration timeout) = 0;
+
+ protected:
+  ~StreamCollectives() = default;
+};
 
 // The ranks of one group acting as one. Every method is collective: all ranks call the same methods in the same order
 // with the same sizes. One thread per rank calls it.
@@ -39,9 +58,9 @@ class Communicator {
   // then comes in the order of the device's stream; an error on the way there is the next call's.
   virtual absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) = 0;
 
-  // Whether sums of several ranks are work of a device's stream alone, which can be recorded there and done again
-  // (Backend::Repeat).
-  virtual bool has_repeatable_sums() const { return false; }
+  // Not null where sums of several ranks are work of a device's stream alone, which can be recorded there and done
+  // again (Backend::Repeat). Lives as long as the communicator.
+  virtual StreamCollectives* on_stream() { return nullptr; }
 
   // Until all sums called for are made, and all else that this rank's device was given before. Not collective. To be
   // called before anything else waits for the device, which a lost peer would make endless: this call has a deadline.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -44,7 +45,7 @@ struct EventDestroy {
 
 int64_t RoundUpTo4(int64_t count) { return (count + 3) / 4 * 4; }
 
-class NcclCommunicator final : public Communicator {
+class NcclCommunicator final : public Communicator, private StreamCollectives {
  public:
   NcclCommunicator(Communicator& host, int gpu, cudaStream_t stream)
       : host_(host), gpu_(gpu), stream_(stream), rank_(host.rank()), size_(host.size()) {}
@@ -57,7 +58,7 @@ class NcclCommunicator final : public Communicator {
   std::string Description() const override { return absl::StrCat("nccl, ", size_, " ranks"); }
   void EnterStep(uint64_t step) override { host_.EnterStep(step); }
 
-  bool has_repeatable_sums() const override { return true; }
+  StreamCollectives* on_stream() override { return this; }
   absl::Status AllReduceSum(std::span<float> values, absl::Duration timeout) override;
   absl::Status Wait(absl::Duration timeout) override;
 
@@ -82,6 +83,11 @@ class NcclCommunicator final : public Communicator {
   absl::Status Join(absl::Duration timeout);
   absl::Status RegisterScratch(absl::Duration timeout);
   absl::Status WarmUp(absl::Duration timeout);
+
+  absl::Status GatherColumns(std::span<const float> part, std::span<const int64_t> widths, int64_t row_count,
+                             std::span<float> all, absl::Duration timeout) override;
+  absl::Status Share(std::span<float> values, absl::Duration timeout) override;
+  absl::Status WaitUntil(const std::function<absl::StatusOr<bool>()>& has_come, absl::Duration timeout) override;
 
   absl::Status SumInOneExchange(std::span<float> values);
   absl::Status SumInTwoExchanges(std::span<float> values);
@@ -205,14 +211,61 @@ absl::Status NcclCommunicator::SumInTwoExchanges(std::span<float> values) {
   return Finish(ncclAllGather(own, values.data(), slice, ncclFloat, comm_, stream_), "ncclAllGather");
 }
 
+// In pieces of rows whose parts fit the scratch.
+absl::Status NcclCommunicator::GatherColumns(std::span<const float> part, std::span<const int64_t> widths,
+                                             int64_t row_count, std::span<float> all, absl::Duration timeout) {
+  const int64_t own_width = widths[rank_], widest = RoundUpTo4(std::ranges::max(widths));
+  const int64_t whole_width = std::accumulate(widths.begin(), widths.end(), int64_t{0});
+  const int64_t piece_rows = kScratchFloats / size_ / widest;
+  RW_CHECK(std::ssize(widths) == size_ && std::ssize(part) == row_count * own_width && piece_rows > 0 &&
+           (all.empty() || std::ssize(all) == row_count * whole_width));
+  RW_RETURN_IF_ERROR(Begin("GatherColumns", timeout));
+  for (int64_t row = 0; row < row_count; row += piece_rows) {
+    const int64_t rows = std::min(piece_rows, row_count - row), stride = rows * widest;
+    float* own = scratch_.get() + rank_ * stride;
+    RW_RETURN_IF_ERROR(Cuda(cudaMemcpyAsync(own, part.data() + row * own_width, rows * own_width * sizeof(float),
+                                            cudaMemcpyDeviceToDevice, stream_),
+                            "cudaMemcpyAsync"));
+    RW_RETURN_IF_ERROR(Finish(ncclAllGather(own, scratch_.get(), stride, ncclFloat, comm_, stream_), "ncclAllGather"));
+    if (all.empty()) continue;
+    float* to = all.data() + row * whole_width;
+    for (int rank = 0; rank < size_; to += widths[rank++]) {
+      const size_t bytes = widths[rank] * sizeof(float);
+      RW_RETURN_IF_ERROR(Cuda(cudaMemcpy2DAsync(to, whole_width * sizeof(float), scratch_.get() + rank * stride, bytes,
+                                                bytes, rows, cudaMemcpyDeviceToDevice, stream_),
+                              "cudaMemcpy2DAsync"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status NcclCommunicator::Share(std::span<float> values, absl::Duration timeout) {
+  RW_RETURN_IF_ERROR(Begin("Share", timeout));
+  return Finish(ncclBroadcast(values.data(), values.data(), values.size(), ncclFloat, 0, comm_, stream_),
+                "ncclBroadcast");
+}
+
 absl::Status NcclCommunicator::Wait(absl::Duration timeout) {
   RW_RETURN_IF_ERROR(Begin("AllReduceSum", timeout));
   RW_RETURN_IF_ERROR(Cuda(cudaEventRecord(issued_.get(), stream_), "cudaEventRecord"));
+  return WaitUntil(
+      [this]() -> absl::StatusOr<bool> {
+        const cudaError_t state = cudaEventQuery(issued_.get());
+        if (state == cudaErrorNotReady) return false;
+        RW_RETURN_IF_ERROR(kernels::CudaStatus(state, "cudaEventQuery"));
+        return true;
+      },
+      timeout);
+}
+
+absl::Status NcclCommunicator::WaitUntil(const std::function<absl::StatusOr<bool>()>& has_come,
+                                         absl::Duration timeout) {
+  RW_RETURN_IF_ERROR(Begin("AllReduceSum", timeout));
   Pacer pacer(deadline_, kYieldFor);
   for (;;) {
-    const cudaError_t state = cudaEventQuery(issued_.get());
-    if (state == cudaSuccess) return absl::OkStatus();
-    if (state != cudaErrorNotReady) return Cuda(state, "cudaEventQuery");
+    const absl::StatusOr<bool> come = has_come();
+    if (!come.ok()) return Fail(absl::Status(come.status().code(), absl::StrCat(Here(), come.status().message())));
+    if (*come) return absl::OkStatus();
     ncclResult_t async = ncclSuccess;
     const ncclResult_t asked = ncclCommGetAsyncError(comm_, &async);
     RW_RETURN_IF_ERROR(Finish(asked == ncclSuccess ? async : asked, "ncclCommGetAsyncError"));

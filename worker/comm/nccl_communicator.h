@@ -17,13 +17,13 @@
 namespace rankwise::comm {
 
 // Collective over `host`, one rank per GPU, at least two. Sums are made on `stream` (a cudaStream_t) of GPU `gpu` and
-// can be captured into a CUDA graph; everything else goes over `host`. Borrows both. `timeout` is for each of the waits
-// of the start.
+// can be captured into a CUDA graph, and so are the collectives of on_stream(); all else goes over `host`. Borrows
+// both. `timeout` is for each of the waits of the start.
 //
-// AllReduceSum returns when the sum is issued; Wait when it is made. A deadline that passes, or an error of NCCL's own,
-// aborts NCCL's communicator, which frees the stream from waiting for a lost peer; NCCL cannot tell which one it was.
-// A rank that aborts leaves the others to their deadlines. The destructor aborts too: to destroy would be to wait for
-// peers.
+// AllReduceSum and what on_stream() offers return when they are issued; Wait when it is made. A deadline that passes,
+// or an error of NCCL's own, aborts NCCL's communicator, which frees the stream from waiting for a lost peer; NCCL
+// cannot tell which one it was. A rank that aborts leaves the others to their deadlines. The destructor aborts too: to
+// destroy would be to wait for peers.
 absl::StatusOr<std::unique_ptr<Communicator>> CreateNcclCommunicator(Communicator& host, int gpu, void* stream,
                                                                      absl::Duration timeout);
 

@@ -30,6 +30,7 @@ Decoder::Decoder(const weights::ModelConfig& config, const shard::ShardPlan& pla
       options_(options),
       backend_(backend),
       communicator_(communicator),
+      stream_(communicator.on_stream()),
       attention_{.n_heads_local = static_cast<int>(plan.heads.count()),
                  .n_kv_heads_local = static_cast<int>(plan.kv_heads.count()),
                  .head_dim = config.head_dim,
@@ -44,7 +45,8 @@ Decoder::Decoder(const weights::ModelConfig& config, const shard::ShardPlan& pla
       gate_up_(nullptr, nullptr),
       activated_(nullptr, nullptr),
       picked_(nullptr, nullptr),
-      logits_local_(nullptr, nullptr) {}
+      logits_local_(nullptr, nullptr),
+      logits_gathered_(nullptr, nullptr) {}
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const weights::Checkpoint& checkpoint,
                                                          const shard::ShardPlan& plan, Backend& backend,
@@ -54,7 +56,7 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const weights::Checkpoi
   auto decoder = std::unique_ptr<Decoder>(new Decoder(checkpoint.config(), plan, backend, communicator, options));
   RW_RETURN_IF_ERROR(decoder->Load(checkpoint));
   RW_RETURN_IF_ERROR(decoder->TakeBuffers());
-  const bool has_repeatable_sums = communicator.size() == 1 || communicator.has_repeatable_sums();
+  const bool has_repeatable_sums = communicator.size() == 1 || decoder->stream_ != nullptr;
   if (has_repeatable_sums && !options.observes) {
     decoder->repeated_layers_ = backend.Repeat([raw = decoder.get()] { return raw->RunLayers(); });
   }
@@ -148,7 +150,7 @@ absl::Status Decoder::TakeBuffers() {
   RW_ASSIGN_OR_RETURN(activated_, backend_.Allocate(rows * plan_.intermediate.count()));
   RW_ASSIGN_OR_RETURN(picked_, backend_.Allocate(kLogitRows * config_.hidden_size));
   RW_ASSIGN_OR_RETURN(logits_local_, backend_.Allocate(kLogitRows * plan_.vocab.count()));
-  if (plan_.world_size > 1) part_.resize(kLogitRows * plan_.vocab.count());
+  if (!has_whole_logits()) part_.resize(kLogitRows * plan_.vocab.count());
   for (int rank = 0; rank < plan_.world_size; ++rank) {
     RW_ASSIGN_OR_RETURN(const shard::ShardPlan other,
                         shard::PlanShard(config_.dims(), {.rank = rank, .world_size = plan_.world_size}));
@@ -156,7 +158,10 @@ absl::Status Decoder::TakeBuffers() {
   }
   if (plan_.rank == 0) {
     logits_.resize(config_.vocab_size);
-    if (plan_.world_size > 1) {
+    if (plan_.world_size > 1 && has_whole_logits()) {
+      RW_ASSIGN_OR_RETURN(logits_gathered_, backend_.Allocate(kLogitRows * config_.vocab_size));
+    }
+    if (!has_whole_logits()) {
       gathered_.resize(kLogitRows * config_.vocab_size);
       draw_.emplace(static_cast<int32_t>(config_.vocab_size));
     }
@@ -199,7 +204,7 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
   // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
   RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
   rules_.clear();
-  if (plan_.world_size == 1) {
+  if (has_whole_logits()) {
     // Rows whose logits are taken are drawn from too, in the cheapest way.
     for (const auto& rule : sink.rules) rules_.push_back(rule.value_or(kernels::DrawRule{.temperature = 0}));
   }
@@ -284,26 +289,42 @@ absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const RowS
     const auto first = static_cast<int32_t>(begin), count = static_cast<int32_t>(rows.size());
     RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), rows, config_.hidden_size));
     RW_RETURN_IF_ERROR(backend_.MatMul(logits_local_.get(), picked_.get(), count, *output_, nullptr));
+    const float* whole = nullptr;
+    if (has_whole_logits()) {
+      RW_ASSIGN_OR_RETURN(whole, WholeLogits(count));
+    }
     RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
-    RW_RETURN_IF_ERROR(plan_.world_size > 1 ? EmitGatheredRows(first, count, sink) : EmitWholeRows(first, count, sink));
+    if (!has_whole_logits()) {
+      RW_RETURN_IF_ERROR(EmitGatheredRows(first, count, sink));
+    } else if (plan_.rank == 0) {
+      RW_RETURN_IF_ERROR(EmitWholeRows(whole, first, count, sink));
+    }
   }
   return absl::OkStatus();
 }
 
-absl::Status Decoder::EmitWholeRows(int32_t begin, int32_t count, const RowSink& sink) {
+absl::StatusOr<const float*> Decoder::WholeLogits(int32_t count) {
+  if (plan_.world_size == 1) return logits_local_.get();
+  const std::span<const float> part(logits_local_.get(), count * plan_.vocab.count());
+  const std::span<float> all(logits_gathered_.get(), plan_.rank == 0 ? count * config_.vocab_size : 0);
+  RW_RETURN_IF_ERROR(stream_->GatherColumns(part, vocab_counts_, count, all, options_.collective_timeout));
+  return logits_gathered_.get();
+}
+
+absl::Status Decoder::EmitWholeRows(const float* logits, int32_t begin, int32_t count, const RowSink& sink) {
   const auto rule_of = [&](int32_t i) { return sink.rules.empty() ? std::nullopt : sink.rules[begin + i]; };
   bool draws = false;
   for (int32_t i = 0; i < count; ++i) draws |= rule_of(i).has_value();
   drawn_.resize(count);
   if (draws) {
-    RW_RETURN_IF_ERROR(backend_.Draw(drawn_, logits_local_.get(), std::span(rules_).subspan(begin, count),
+    RW_RETURN_IF_ERROR(backend_.Draw(drawn_, logits, std::span(rules_).subspan(begin, count),
                                      static_cast<int32_t>(config_.vocab_size)));
   }
   for (int32_t i = 0; i < count; ++i) {
     if (rule_of(i).has_value()) {
       RW_RETURN_IF_ERROR(sink.take_token(begin + i, drawn_[i]));
     } else {
-      RW_RETURN_IF_ERROR(backend_.CopyToHost(logits_local_.get() + i * config_.vocab_size, logits_));
+      RW_RETURN_IF_ERROR(backend_.CopyToHost(logits + i * config_.vocab_size, logits_));
       RW_RETURN_IF_ERROR(sink.take_logits(begin + i, logits_));
     }
   }

@@ -86,9 +86,12 @@ class Decoder {
   // Adds the squares of x [row_count, sums.size()]; nothing unless observes.
   absl::Status Observe(const float* x, int32_t row_count, int layer, std::vector<double> InputObservation::*sums);
   absl::Status EmitLogits(std::span<const int32_t> logit_rows, const RowSink& sink);
-  // Rows [begin, begin + count) of the sink, whose logits are in logits_local_. The whole vocabulary is this rank's, or
-  // lies in parts of all ranks on rank 0's host.
-  absl::Status EmitWholeRows(int32_t begin, int32_t count, const RowSink& sink);
+  // Whether logits of the whole vocabulary meet in memory of rank 0's device, which may draw from them there.
+  bool has_whole_logits() const { return plan_.world_size == 1 || stream_ != nullptr; }
+  // Of `count` rows whose parts are in logits_local_; null on the other ranks.
+  absl::StatusOr<const float*> WholeLogits(int32_t count);
+  // Rows [begin, begin + count) of the sink, whose logits are whole, or lie in parts of all ranks in logits_local_.
+  absl::Status EmitWholeRows(const float* logits, int32_t begin, int32_t count, const RowSink& sink);
   absl::Status EmitGatheredRows(int32_t begin, int32_t count, const RowSink& sink);
 
   const weights::ModelConfig config_;
@@ -96,7 +99,8 @@ class Decoder {
   const DecoderOptions options_;
   kernels::Backend& backend_;
   comm::Communicator& communicator_;
-  kernels::AttentionShape attention_;  // sliding_window is set per layer
+  comm::StreamCollectives* const stream_;  // null: ranks meet on their hosts
+  kernels::AttentionShape attention_;      // sliding_window is set per layer
   kernels::RopeTable rope_;
 
   kernels::EmbeddingTable embedding_;
@@ -114,6 +118,7 @@ class Decoder {
   // x.
   kernels::Backend::Floats x_, normed_, qkv_, attended_, delta_, gate_up_, activated_;
   kernels::Backend::Floats picked_, logits_local_;  // [kLogitRows, hidden], [kLogitRows, vocab_local]
+  kernels::Backend::Floats logits_gathered_;        // [kLogitRows, vocab] on rank 0 of several with a stream
   std::vector<float> part_, gathered_, logits_;     // host: this rank's part, all parts, one row in vocabulary order
   std::vector<int64_t> vocab_counts_;               // per rank
   std::vector<kernels::DrawRule> rules_;            // of the step's logit rows
