@@ -158,16 +158,35 @@ class KvPool {
   virtual std::vector<std::byte> BlockBytes(int layer, int32_t block) const = 0;
 };
 
+// Tokens that a device draws and can look up in its next step before the host has them. Owned by the caller, destroyed
+// before the backend.
+class DrawnTokens {
+ public:
+  virtual ~DrawnTokens() = default;
+  // Their bits, for a communicator to move: [capacity], in memory of the device.
+  virtual std::span<float> bits() = 0;
+  // Draws as Backend::Draw does into places [first, first + rules.size()), and returns when that is issued.
+  virtual absl::Status Draw(int64_t first, const float* logits, std::span<const DrawRule> rules,
+                            int32_t vocab_size) = 0;
+  // Lets the first `count` come to the host, behind all that the backend was given so far.
+  virtual absl::Status Send(int64_t count) = 0;
+  // Whether all that was sent last is there, or nothing ever was.
+  virtual absl::StatusOr<bool> HasCome() = 0;
+  // Waits for what was sent last, once; valid until the next Send.
+  virtual absl::StatusOr<std::span<const int32_t>> Take() = 0;
+};
+
 struct RopeTable;
 
 // The rows of one step. Segment s covers rows [row_begin[s], row_begin[s + 1]) which are consecutive positions
 // first_position[s], first_position[s] + 1, ... of one request, whose position p lives in block
 // block_table[s][p / kKvBlockTokens] at slot p % kKvBlockTokens. Borrowed until the step's last op.
 struct StepRows {
-  std::span<const int32_t> tokens;                        // [rows]
+  std::span<const int32_t> tokens;                        // [rows]; with `drawn` their places in it
   std::span<const int32_t> row_begin;                     // [segments + 1]
   std::span<const int32_t> first_position;                // [segments]
   std::span<const std::span<const int32_t>> block_table;  // [segments]
+  DrawnTokens* drawn = nullptr;  // whose tokens the step is of; then Embed needs a table that was kept
   // What the step's ops will ask for, so that a device gets it with the rest; each op sends its own where it is not
   // said.
   const RopeTable* rope = nullptr;
@@ -225,6 +244,9 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<KvPool>> CreateKvPool(const KvShape& shape, int32_t block_count) = 0;
   // scales [n_layers, n_kv_heads_local, head_dim]. Requires an int8 pool; call before the first append.
   virtual absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) = 0;
+
+  // Null where the host is needed to look tokens up, as on the CPU.
+  virtual absl::StatusOr<std::unique_ptr<DrawnTokens>> CreateDrawnTokens(int64_t /*capacity*/) { return nullptr; }
 
   // Makes `rows` the current step. The ops below work on its rows; row counts are implied.
   virtual absl::Status BeginStep(const StepRows& rows) = 0;

@@ -56,6 +56,7 @@ void PutList(std::string& bytes, const std::vector<int32_t>& values) {
 }
 
 constexpr int kKinds = static_cast<int>(StepKind::kStop) + 1;
+constexpr bool HasSegments(StepKind kind) { return kind == StepKind::kRun || kind == StepKind::kRunOn; }
 constexpr int kNeeds = static_cast<int>(LogitsNeed::kAll) + 1;
 
 }  // namespace
@@ -101,7 +102,9 @@ absl::StatusOr<StepPlan> DecodeStepPlan(absl::string_view bytes, const StepLimit
     is_named[segment.slot] = true;
     RW_ASSIGN_OR_RETURN(const uint64_t first, reader.Take(limits.max_positions, "position"));
     segment.first_position = static_cast<int32_t>(first);
-    RW_ASSIGN_OR_RETURN(segment.tokens, reader.TakeList(limits.max_rows, limits.vocab_size, "token"));
+    const bool is_drawn = plan.kind == StepKind::kRunOn;
+    RW_ASSIGN_OR_RETURN(segment.tokens, reader.TakeList(is_drawn ? 1 : limits.max_rows,
+                                                        is_drawn ? limits.max_rows : limits.vocab_size, "token"));
     RW_ASSIGN_OR_RETURN(segment.new_blocks, reader.TakeList(limits.block_count, limits.block_count, "block"));
     const auto count = static_cast<int64_t>(segment.tokens.size());
     rows += count;
@@ -114,7 +117,7 @@ absl::StatusOr<StepPlan> DecodeStepPlan(absl::string_view bytes, const StepLimit
   if (rows > limits.max_rows) {
     return absl::InvalidArgumentError(absl::StrCat("step plan has ", rows, " rows of at most ", limits.max_rows));
   }
-  if ((plan.kind == StepKind::kRun) != (segment_count > 0)) {
+  if (HasSegments(plan.kind) != (segment_count > 0)) {
     return absl::InvalidArgumentError(absl::StrCat("step plan of kind ", kind, " has ", segment_count, " segments"));
   }
   if (!reader.is_at_end()) return absl::InvalidArgumentError("step plan has bytes behind its end");

@@ -18,13 +18,22 @@ struct StepSegment {
   int32_t slot = 0;  // where the ranks keep the sequence's block table
   int32_t first_position = 0;
   LogitsNeed logits = LogitsNeed::kNone;
-  std::vector<int32_t> tokens;      // [rows], at least one
+  std::vector<int32_t> tokens;      // [rows], at least one; in a kRunOn plan where they will be: StepKind
   std::vector<int32_t> new_blocks;  // appended to the slot's block table before the step
   bool operator==(const StepSegment&) const = default;
 };
 
+// Of the segment's rows, the first whose logits are wanted: so are those behind it.
+inline int32_t FirstLogitRow(const StepSegment& segment) {
+  const auto count = static_cast<int32_t>(segment.tokens.size());
+  return segment.logits == LogitsNeed::kAll ? 0 : count - (segment.logits == LogitsNeed::kLast);
+}
+
 enum class StepKind : uint8_t {
   kRun,
+  // Comes while the step before it still runs: each segment is one row, whose token is the one drawn in that step, and
+  // `tokens` names the row: its place among those whose logits are wanted there.
+  kRunOn,
   kHeartbeat,  // nothing to do; rank 0 is alive
   kReport,     // every rank answers with its load (GatherMessages)
   kStop,       // leave the loop

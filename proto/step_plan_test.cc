@@ -29,6 +29,17 @@ TEST(StepPlanTest, SurvivesItsWireForm) {
   }
 }
 
+TEST(StepPlanTest, APlanThatRunsOnNamesRowsForTokens) {
+  StepPlan plan{.kind = StepKind::kRunOn, .segments = {{.slot = 2, .logits = LogitsNeed::kLast, .tokens = {63}}}};
+  EXPECT_EQ(*DecodeStepPlan(EncodeStepPlan(plan), kLimits), plan);
+  plan.segments[0].tokens = {64};
+  EXPECT_FALSE(DecodeStepPlan(EncodeStepPlan(plan), kLimits).ok());
+  plan.segments[0].tokens = {0, 1};
+  EXPECT_FALSE(DecodeStepPlan(EncodeStepPlan(plan), kLimits).ok());
+  plan.segments.clear();
+  EXPECT_FALSE(DecodeStepPlan(EncodeStepPlan(plan), kLimits).ok());
+}
+
 TEST(StepPlanTest, ADecodeStepOfManySequencesIsSmall) {
   StepPlan plan{.kind = StepKind::kRun, .step = 1 << 20};
   for (int slot = 0; slot < 64; ++slot) {
@@ -82,7 +93,9 @@ TEST(StepPlanTest, RefusesEveryOtherLength) {
 TEST(StepPlanTest, RefusesNumbersBeyond64Bits) {
   // kHeartbeat, the step, no slots, no segments: the largest step in ten bytes, then one with a bit more, then one
   // without end.
-  const auto with_step = [](std::string step) { return "\x01" + step + std::string(2, '\0'); };
+  const auto with_step = [](std::string step) {
+    return static_cast<char>(StepKind::kHeartbeat) + step + std::string(2, '\0');
+  };
   EXPECT_TRUE(DecodeStepPlan(with_step("\xfe" + std::string(8, '\xff') + "\x01"), kLimits).ok());
   EXPECT_FALSE(DecodeStepPlan(with_step(std::string(9, '\xff') + "\x02"), kLimits).ok());
   EXPECT_FALSE(DecodeStepPlan(with_step(std::string(40, '\xff')), kLimits).ok());

@@ -49,6 +49,7 @@ class CudaBackend : public Backend {
   CudaBackend(const CudaOptions& options, const cudaDeviceProp& properties, Stream stream)
       : device_(options.device),
         records_steps_(options.records_steps),
+        looks_up_drawn_(options.looks_up_drawn),
         multiprocessors_(properties.multiProcessorCount),
         description_(absl::StrCat("cuda ", options.device, ": ", properties.name, ", sm_", properties.major,
                                   properties.minor, ", ", properties.multiProcessorCount, " multiprocessors")),
@@ -96,6 +97,7 @@ class CudaBackend : public Backend {
     return static_cast<CudaKvPool&>(pool).SetScales(scales);
   }
 
+  absl::StatusOr<std::unique_ptr<DrawnTokens>> CreateDrawnTokens(int64_t capacity) override;
   absl::Status BeginStep(const StepRows& rows) override;
   void EnterLayer(int layer) override {
     layer_range_.reset();
@@ -139,6 +141,7 @@ class CudaBackend : public Backend {
 
  private:
   class Recorded;
+  class Drawn;
 
   // Of the current step; null where it is not to be recorded.
   std::optional<StepShape> RecordableShape() const;
@@ -173,10 +176,11 @@ class CudaBackend : public Backend {
   absl::Status SendTiles(int group);
   // At least as many splits as any tile's windows reach into, and the same number for steps of one shape.
   int64_t SplitBound(int32_t sliding_window) const;
+  absl::Status IssueDraw(int32_t* ids, const float* logits, std::span<const DrawRule> rules, int32_t vocab_size);
   absl::Status Observe(const float* qkv, const AttentionShape& shape, KvObservation& observation);
 
   const int device_;
-  const bool records_steps_;
+  const bool records_steps_, looks_up_drawn_;
   const int64_t multiprocessors_;
   const std::string description_;
   const Stream stream_;
@@ -338,6 +342,62 @@ class CudaBackend::Recorded final : public Repeated {
   int64_t moves_ = 0;
 };
 
+class CudaBackend::Drawn final : public DrawnTokens {
+ public:
+  Drawn(CudaBackend& backend, int64_t capacity, DeviceMemory ids, PinnedMemory host, Event sent)
+      : backend_(backend), capacity_(capacity), ids_(std::move(ids)), host_(std::move(host)), sent_(std::move(sent)) {}
+
+  std::span<float> bits() override { return {reinterpret_cast<float*>(ids_.get()), static_cast<size_t>(capacity_)}; }
+  int64_t capacity() const { return capacity_; }
+  const int32_t* ids() const { return reinterpret_cast<const int32_t*>(ids_.get()); }
+
+  absl::Status Draw(int64_t first, const float* logits, std::span<const DrawRule> rules, int32_t vocab_size) override {
+    RW_CHECK(first >= 0 && first + std::ssize(rules) <= capacity_);
+    return backend_.IssueDraw(reinterpret_cast<int32_t*>(ids_.get()) + first, logits, rules, vocab_size);
+  }
+  absl::Status Send(int64_t count) override {
+    RW_CHECK(count >= 0 && count <= capacity_);
+    RW_RETURN_IF_ERROR(backend_.Use());
+    if (count > 0) {
+      RW_CUDA(
+          cudaMemcpyAsync(host_.get(), ids_.get(), count * sizeof(int32_t), cudaMemcpyDeviceToHost, backend_.stream()));
+    }
+    RW_CUDA(cudaEventRecord(sent_.get(), backend_.stream()));
+    sent_count_ = count;
+    return absl::OkStatus();
+  }
+  absl::StatusOr<bool> HasCome() override {
+    RW_RETURN_IF_ERROR(backend_.Use());
+    const cudaError_t state = cudaEventQuery(sent_.get());  // of an event never recorded: it has come
+    if (state == cudaErrorNotReady) return false;
+    RW_CUDA(state);
+    return true;
+  }
+  absl::StatusOr<std::span<const int32_t>> Take() override {
+    RW_RETURN_IF_ERROR(backend_.Use());
+    RW_CUDA(cudaEventSynchronize(sent_.get()));
+    return std::span(reinterpret_cast<const int32_t*>(host_.get()), std::exchange(sent_count_, 0));
+  }
+
+ private:
+  CudaBackend& backend_;
+  const int64_t capacity_;
+  const DeviceMemory ids_;
+  const PinnedMemory host_;
+  const Event sent_;
+  size_t sent_count_ = 0;
+};
+
+absl::StatusOr<std::unique_ptr<DrawnTokens>> CudaBackend::CreateDrawnTokens(int64_t capacity) {
+  if (!looks_up_drawn_) return nullptr;
+  RW_RETURN_IF_ERROR(Use());
+  const int64_t bytes = capacity * static_cast<int64_t>(sizeof(int32_t));
+  RW_ASSIGN_OR_RETURN(DeviceMemory ids, AllocateZeroed(bytes, stream()));
+  RW_ASSIGN_OR_RETURN(PinnedMemory host, AllocatePinned(bytes));
+  RW_ASSIGN_OR_RETURN(Event sent, CreateEvent());
+  return std::make_unique<Drawn>(*this, capacity, std::move(ids), std::move(host), std::move(sent));
+}
+
 std::unique_ptr<Repeated> CudaBackend::Repeat(std::function<absl::Status()> issue) {
   return std::make_unique<Recorded>(*this, std::move(issue));
 }
@@ -362,12 +422,19 @@ absl::Status CudaBackend::KeepTable(const EmbeddingTable& table) {
 absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
   const ProfilerRange range("Embed");
   RW_RETURN_IF_ERROR(Use());
-  RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
+  const auto* drawn = static_cast<const Drawn*>(step_.rows().drawn);
+  if (drawn == nullptr) {
+    RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
+  } else {
+    RW_CHECK(table.data == kept_table_);
+    for (const int32_t place : step_.rows().tokens) RW_CHECK(place >= 0 && place < drawn->capacity());
+  }
   cuda::WidenTask task{
       .out = x, .row_bytes = table.cols * DTypeBytes(table.dtype), .row_count = step_.row_count(), .width = table.cols};
   if (table.data == kept_table_) {
     task.rows = reinterpret_cast<const unsigned char*>(kept_rows_.get());
     task.tokens = tokens_on_device_;
+    if (drawn != nullptr) task.drawn = drawn->ids();
   } else {
     const int64_t bytes = task.row_count * task.row_bytes;
     RW_ASSIGN_OR_RETURN(std::byte * memory, other_rows_.Reserve(bytes));
@@ -530,8 +597,19 @@ absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const i
 
 absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std::span<const DrawRule> rules,
                                int32_t vocab_size) {
+  RW_CHECK(ids.size() == rules.size());
+  if (rules.empty()) return absl::OkStatus();
+  RW_ASSIGN_OR_RETURN(std::byte * drawn, drawn_.Reserve(static_cast<int64_t>(ids.size_bytes())));
+  RW_RETURN_IF_ERROR(IssueDraw(reinterpret_cast<int32_t*>(drawn), logits, rules, vocab_size));
+  RW_ASSIGN_OR_RETURN(const std::byte* host, drawn_.Fetch(static_cast<int64_t>(ids.size_bytes()), stream()));
+  std::memcpy(ids.data(), host, ids.size_bytes());
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::IssueDraw(int32_t* ids, const float* logits, std::span<const DrawRule> rules,
+                                    int32_t vocab_size) {
   const ProfilerRange range("Draw");
-  RW_CHECK(ids.size() == rules.size() && vocab_size > 0 && vocab_size <= 1 << kMostVocabularyBits);
+  RW_CHECK(vocab_size > 0 && vocab_size <= 1 << kMostVocabularyBits);
   if (rules.empty()) return absl::OkStatus();
   RW_RETURN_IF_ERROR(Use());
   RW_ASSIGN_OR_RETURN(const DrawRule* on_device, OnDevice(rules, step_.rows().rules, rules_on_device_, other_rules_));
@@ -541,17 +619,13 @@ absl::Status CudaBackend::Draw(std::span<int32_t> ids, const float* logits, std:
     RW_ASSIGN_OR_RETURN(weights_, AllocateDevice(scratch));
     weights_capacity_ = scratch;
   }
-  RW_ASSIGN_OR_RETURN(std::byte * drawn, drawn_.Reserve(static_cast<int64_t>(ids.size_bytes())));
-  const cuda::DrawTask task{.ids = reinterpret_cast<int32_t*>(drawn),
+  const cuda::DrawTask task{.ids = ids,
                             .logits = logits,
                             .rules = on_device,
                             .weights = reinterpret_cast<uint64_t*>(weights_.get()),
                             .row_count = count,
                             .vocab_size = vocab_size};
-  RW_RETURN_IF_ERROR(CudaStatus(cuda::Draw(task, stream()), "Draw"));
-  RW_ASSIGN_OR_RETURN(const std::byte* host, drawn_.Fetch(static_cast<int64_t>(ids.size_bytes()), stream()));
-  std::memcpy(ids.data(), host, ids.size_bytes());
-  return absl::OkStatus();
+  return CudaStatus(cuda::Draw(task, stream()), "Draw");
 }
 
 }  // namespace

@@ -22,8 +22,9 @@
 namespace rankwise::kernels {
 
 struct CudaOptions {
-  int device = 0;             // as cudaSetDevice counts
-  bool records_steps = true;  // as CUDA graphs (Backend::Repeat)
+  int device = 0;              // as cudaSetDevice counts
+  bool records_steps = true;   // as CUDA graphs (Backend::Repeat)
+  bool looks_up_drawn = true;  // tokens that it drew itself (Backend::CreateDrawnTokens)
 };
 
 // Unavailable without a driver or GPU, InvalidArgument for a device that is not there, FailedPrecondition for a GPU

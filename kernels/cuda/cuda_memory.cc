@@ -34,11 +34,15 @@ absl::StatusOr<PinnedMemory> AllocatePinned(int64_t bytes) {
   return PinnedMemory(static_cast<std::byte*>(memory));
 }
 
+absl::StatusOr<Event> CreateEvent() {
+  cudaEvent_t event = nullptr;
+  RW_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return Event(event);
+}
+
 absl::StatusOr<std::byte*> Staging::Reserve(int64_t bytes) {
   if (sent_ == nullptr) {
-    cudaEvent_t event = nullptr;
-    RW_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-    sent_.reset(event);
+    RW_ASSIGN_OR_RETURN(sent_, CreateEvent());
   } else {
     RW_CUDA(cudaEventSynchronize(sent_.get()));
   }

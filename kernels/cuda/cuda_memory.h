@@ -43,6 +43,12 @@ struct GraphExecutableDestroy {
 };
 using GraphExecutable = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, GraphExecutableDestroy>;
 
+struct EventDestroy {
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, EventDestroy>;
+absl::StatusOr<Event> CreateEvent();
+
 // Bytes that go to the device once a step, through pinned memory, without waiting for the stream. Both sides grow to
 // the largest step seen.
 class Staging {
@@ -54,14 +60,10 @@ class Staging {
   const std::byte* device() const { return device_.get(); }
 
  private:
-  struct EventDestroy {
-    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
-  };
-
   int64_t capacity_ = 0;
   PinnedMemory host_;
   DeviceMemory device_;
-  std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, EventDestroy> sent_;
+  Event sent_;
 };
 
 // The way back: bytes that a kernel leaves, read by the host once the stream is done. Grows as Staging does.

@@ -12,12 +12,12 @@ namespace rankwise::kernels::cuda {
 
 enum class Element : uint8_t { kF32, kF16, kBF16 };
 
-// out [row_count, width] = rows of `element` that are `row_bytes` apart: rows[tokens[r]], or rows[r] where tokens is
-// null.
+// out [row_count, width] = rows of `element` that are `row_bytes` apart: rows[tokens[r]]; rows[r] where tokens is null;
+// rows[drawn[tokens[r]]] where drawn is not, and rows[0] for one below 0, which stands for no token.
 struct WidenTask {
   float* out;
   const unsigned char* rows;
-  const int32_t* tokens;
+  const int32_t *tokens, *drawn;
   int64_t row_bytes, row_count, width;
 };
 cudaError_t WidenRows(const WidenTask& task, Element element, cudaStream_t stream);

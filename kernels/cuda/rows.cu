@@ -10,7 +10,8 @@ constexpr int kThreads = 128;
 
 template <Element kElement>
 __global__ void __launch_bounds__(kThreads) WidenRowsKernel(const __grid_constant__ WidenTask task) {
-  const int64_t index = task.tokens ? task.tokens[blockIdx.x] : int64_t{blockIdx.x};
+  int64_t index = task.tokens ? task.tokens[blockIdx.x] : int64_t{blockIdx.x};
+  if (task.drawn) index = task.drawn[index] < 0 ? 0 : task.drawn[index];
   const unsigned char* row = task.rows + index * task.row_bytes;
   for (int64_t i = threadIdx.x; i < task.width; i += kThreads) {
     float x;

@@ -78,6 +78,11 @@ std::vector<std::string> TakeRanges();
 // Launches of graphs so far, on any thread.
 int64_t GraphLaunches();
 
+// From now on streams do what they are given only when somebody waits for it: a wait for an event or a stream, or
+// cudaFree; asking for an event does a little of it. So what the host reads too early or overwrites too soon shows. Of
+// streams of one thread.
+void SetStreamsLate(bool are_late);
+
 // Every allocation's guard bands are as they were, or which is not.
 std::string CheckAllocations();
 

@@ -224,6 +224,34 @@ TEST_F(EmulatorTest, ReplaysWhatWasCaptured) {
   EXPECT_EQ(out[31], 32);
 }
 
+TEST_F(EmulatorTest, LateStreamsDoWhatIsWaitedFor) {
+  int number = 1, first = 0, second = 0;
+  cudaEvent_t event = nullptr;
+  ASSERT_EQ(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), cudaSuccess);
+  EXPECT_EQ(cudaEventQuery(event), cudaSuccess) << "never recorded";
+  SetStreamsLate(true);
+  const auto copy = [&](int& to) {
+    EXPECT_EQ(cudaMemcpyAsync(&to, &number, sizeof number, cudaMemcpyHostToDevice, stream_), cudaSuccess);
+  };
+  copy(first);
+  EXPECT_EQ(cudaEventRecord(event, stream_), cudaSuccess);
+  copy(second);
+  EXPECT_EQ(first, 0);
+  number = 2;
+  EXPECT_EQ(cudaEventQuery(event), cudaErrorNotReady);
+  EXPECT_EQ(cudaEventSynchronize(event), cudaSuccess);
+  EXPECT_EQ(cudaEventQuery(event), cudaSuccess);
+  EXPECT_EQ(first, 2) << "was overwritten before it was sent";
+  EXPECT_EQ(second, 0);
+  EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+  EXPECT_EQ(second, 2);
+  copy(first);
+  number = 3;
+  SetStreamsLate(false);
+  EXPECT_EQ(first, 3);
+  EXPECT_EQ(cudaEventDestroy(event), cudaSuccess);
+}
+
 TEST_F(EmulatorTest, RefusesToWaitOrAllocateInACapture) {
   ASSERT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
   EXPECT_EQ(cudaStreamSynchronize(stream_), cudaErrorStreamCaptureUnsupported);

@@ -3,10 +3,12 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -98,6 +100,14 @@ struct CUgraphExec_st {
 struct CUstream_st {
   std::unique_ptr<CUgraph_st> captured;  // null: not capturing
   bool is_broken = false;
+  std::deque<std::function<std::string()>> undone;
+  int64_t given = 0;  // works so far
+
+  int64_t done() const { return given - static_cast<int64_t>(undone.size()); }
+};
+struct CUevent_st {
+  cudaStream_t stream = nullptr;
+  int64_t place = 0;  // in the works of the stream, when it was recorded
 };
 
 namespace {
@@ -120,13 +130,39 @@ cudaError_t Do(const std::function<std::string()>& work) {
   return cudaErrorLaunchFailure;
 }
 
+std::atomic<bool> are_late{false};
+std::set<cudaStream_t> late_streams;  // that have been given something
+
+// The first `place` works of the stream.
+cudaError_t CatchUp(cudaStream_t stream, int64_t place) {
+  while (stream->done() < place) {
+    const auto work = std::move(stream->undone.front());
+    stream->undone.pop_front();
+    if (const cudaError_t error = Do(work); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t DoInOrder(cudaStream_t stream, std::function<std::string()> work) {
+  if (!are_late) return Do(work);
+  late_streams.insert(stream);
+  stream->undone.push_back(std::move(work));
+  ++stream->given;
+  return cudaSuccess;
+}
+
 }  // namespace
 
 namespace rankwise::cuda_emulation {
 
+void SetStreamsLate(bool late) {
+  for (const cudaStream_t stream : std::exchange(late_streams, {})) CatchUp(stream, stream->given);
+  are_late = late;
+}
+
 cudaError_t Issue(cudaStream_t stream, std::function<std::string()> work) {
   if (stream == nullptr) return cudaErrorInvalidValue;
-  if (stream->captured == nullptr) return Do(work);
+  if (stream->captured == nullptr) return DoInOrder(stream, std::move(work));
   stream->captured->works.push_back(std::move(work));
   return cudaSuccess;
 }
@@ -166,20 +202,37 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (are_late) late_streams.erase(stream);
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return NeedsStream(stream); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const cudaError_t error = NeedsStream(stream); error != cudaSuccess) return error;
+  return CatchUp(stream, stream->given);
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(new char);
+  *event = new CUevent_st;
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete reinterpret_cast<char*>(event);
+  delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return NeedsStream(stream); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return NeedsNoCapture(); }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (const cudaError_t error = NeedsStream(stream); error != cudaSuccess) return error;
+  *event = {stream, stream->given};
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (const cudaError_t error = NeedsNoCapture(); error != cudaSuccess) return error;
+  return event->stream == nullptr ? cudaSuccess : CatchUp(event->stream, event->place);
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (const cudaError_t error = NeedsNoCapture(); error != cudaSuccess) return error;
+  if (event->stream == nullptr || event->stream->done() >= event->place) return cudaSuccess;
+  const cudaError_t error = CatchUp(event->stream, event->stream->done() + 1);
+  return error == cudaSuccess ? cudaErrorNotReady : error;
+}
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (const cudaError_t error = NeedsStream(stream); error != cudaSuccess) return error;
@@ -216,7 +269,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   if (const cudaError_t error = NeedsStream(stream); error != cudaSuccess) return error;
   ++graph_launches;
   for (const auto& work : executable->graph.works) {
-    if (const cudaError_t error = Do(work); error != cudaSuccess) return error;
+    if (const cudaError_t error = DoInOrder(stream, work); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
@@ -240,6 +293,9 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
   if (const cudaError_t error = NeedsNoCapture(); error != cudaSuccess) return error;
+  if (are_late) {
+    for (const cudaStream_t stream : late_streams) CatchUp(stream, stream->given);
+  }
   const std::string fault = CheckAllocations();
   auto* begin = static_cast<unsigned char*>(memory) - kGuardBytes;
   {

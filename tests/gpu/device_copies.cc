@@ -61,6 +61,9 @@ class DeviceCopies : public Backend {
   absl::Status SetKvScales(KvPool& pool, std::span<const KvChannelScales> scales) override {
     return device_->SetKvScales(pool, scales);
   }
+  absl::StatusOr<std::unique_ptr<DrawnTokens>> CreateDrawnTokens(int64_t capacity) override {
+    return device_->CreateDrawnTokens(capacity);
+  }
   absl::Status BeginStep(const StepRows& rows) override {
     row_count_ = rows.row_count();
     return device_->BeginStep(rows);

@@ -1,7 +1,10 @@
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/test_support.h"
+#include "kernels/token_draw.h"
 
 namespace rankwise::kernels {
 namespace {
@@ -86,6 +89,56 @@ TEST(RecordedStepsTest, GiveTheBitsOfIssuedOnes) {
   for (int i = 0; i < 4; ++i) {
     compare({{0, 516 + 5 * i, 1}});
     compare({{0, 517 + 5 * i, 4}, {1, 532 + 2 * i, 2}});
+  }
+}
+
+// Tokens that a step draws are those of TokenDraw, also when they were sent, and the next step's rows are theirs, in
+// any order. Where no logit is a number there is no token, and the first row stands in for it.
+TEST(DrawnTokensTest, AreLookedUpWhereTheyAreDrawn) {
+  constexpr int32_t kVocab = 300, kWidth = 33, kRows = 5;
+  Random random(TestSeed());
+  auto made = CreateCudaBackend({});
+  ASSERT_TRUE(made.ok()) << made.status();
+  Backend& backend = **made;
+  std::vector<float> logits = random.Floats(kRows * kVocab, -4, 4);
+  std::fill_n(logits.begin() + 3 * kVocab, kVocab, std::numeric_limits<float>::quiet_NaN());
+  TokenDraw draw(kVocab);
+  std::vector<DrawRule> rules;
+  std::vector<int32_t> expected;
+  for (int r = 0; r < kRows; ++r) {
+    rules.push_back({.uniform = random.Uniform(0, 1), .temperature = r == 0 ? 0.0f : 1.0f});
+    expected.push_back(draw.Draw(std::span(logits).subspan(r * kVocab, kVocab), rules.back()));
+  }
+  ASSERT_EQ(expected[3], -1);
+  Backend::Floats on_device = *backend.Allocate(kRows * kVocab), x = *backend.Allocate(4 * kWidth);
+  ASSERT_TRUE(backend.CopyToDevice(logits, on_device.get()).ok());
+  const HostMatrix table(random.Floats(kVocab * kWidth), kVocab, DType::kF16);
+  ASSERT_TRUE(backend.KeepTable(table.view()).ok());
+  const std::unique_ptr<DrawnTokens> drawn = *backend.CreateDrawnTokens(8);
+  EXPECT_TRUE(*drawn->HasCome());
+
+  Step step;
+  step.Add(0, 4, {0});
+  StepRows rows = step.rows();
+  rows.rules = rules;
+  ASSERT_TRUE(backend.BeginStep(rows).ok());
+  ASSERT_TRUE(drawn->Draw(0, on_device.get(), std::span(rules).first(2), kVocab).ok());
+  ASSERT_TRUE(drawn->Draw(2, on_device.get() + 2 * kVocab, std::span(rules).subspan(2), kVocab).ok());
+  ASSERT_TRUE(drawn->Send(kRows).ok());
+
+  step.tokens() = {4, 0, 3, 2};
+  rows = step.rows();
+  rows.drawn = drawn.get();
+  ASSERT_TRUE(backend.BeginStep(rows).ok());
+  ASSERT_TRUE(backend.Embed(table.view(), x.get()).ok());
+  const auto taken = drawn->Take();
+  ASSERT_TRUE(taken.ok()) << taken.status();
+  EXPECT_EQ(std::vector(taken->begin(), taken->end()), expected);
+  std::vector<float> host(4 * kWidth);
+  ASSERT_TRUE(backend.CopyToHost(x.get(), host).ok());
+  for (int i = 0; i < 4 * kWidth; ++i) {
+    const int32_t token = expected[step.tokens()[i / kWidth]];
+    EXPECT_EQ(host[i], table.at(std::max(token, 0), i % kWidth)) << i;
   }
 }
 

@@ -63,6 +63,7 @@ absl::Status Engine::Submit(Request request) {
 void Engine::Cancel(SequenceId id) {
   scheduler_.Remove(id);
   sequences_.erase(id);
+  for (scheduler::Planned& planned : planned_) planned.produces_token &= planned.id != id;
 }
 
 absl::Status Engine::Broadcast(StepPlan& plan) {
@@ -94,31 +95,36 @@ absl::StatusOr<std::vector<std::string>> Engine::CollectReports(const std::strin
 absl::StatusOr<std::vector<Output>> Engine::Step() {
   outputs_.clear();
   continued_.clear();
-  plan_ = StepPlan{.kind = StepKind::kRun};
-  planned_.clear();
-  if (!scheduler_.PlanStep(plan_, planned_)) return std::vector<Output>();
-
   const absl::Time begin = absl::Now();
-  for (const scheduler::Planned& planned : planned_) {
-    Live& live = *sequences_.at(planned.id);
-    if (live.started == absl::Time()) {
-      live.started = begin;
-      live.cached_prompt_tokens = planned.cached_tokens;
-    }
-    const StepSegment& segment = plan_.segments[planned.segment];
-    const int64_t prompt_left = static_cast<int64_t>(live.request.prompt.size()) - segment.first_position;
-    counters_.prompt_tokens += std::clamp<int64_t>(prompt_left, 0, static_cast<int64_t>(segment.tokens.size()));
-  }
-  RW_RETURN_IF_ERROR(Broadcast(plan_));
-  RW_RETURN_IF_ERROR(executor_.Execute(
-      plan_,
-      [&](int32_t segment, int32_t position, std::span<float> logits) {
+  const Executor::TokenSink draws = {
+      .rule_of = [&](int32_t segment, int32_t position) { return RuleOf(planned_[segment], position); },
+      .take = [&](int32_t segment, int32_t position,
+                  int32_t token) { return TakeToken(planned_[segment], position, token); }};
+  if (!is_issued_) {
+    if (!scheduler_.PlanStep(plan_, planned_)) return std::vector<Output>();
+    CountIn(begin);
+    RW_RETURN_IF_ERROR(Broadcast(plan_));
+    is_issued_ = executor_.can_issue() && IsDrawnWhole();
+    if (is_issued_) {
+      RW_RETURN_IF_ERROR(executor_.Issue(plan_, draws));
+    } else {
+      const auto take_logits = [&](int32_t segment, int32_t position, std::span<float> logits) {
         return TakeLogits(planned_[segment], position, logits);
-      },
-      {.rule_of = [&](int32_t segment, int32_t position) { return RuleOf(planned_[segment], position); },
-       .take = [&](int32_t segment, int32_t position,
-                   int32_t token) { return TakeToken(planned_[segment], position, token); }}));
+      };
+      RW_RETURN_IF_ERROR(executor_.Execute(plan_, take_logits, draws));
+    }
+  }
+  bool is_ahead = false;
+  if (is_issued_) {
+    RW_ASSIGN_OR_RETURN(is_ahead, IssueAhead());
+    RW_RETURN_IF_ERROR(executor_.Collect(draws));
+  }
   scheduler_.CompleteStep(continued_);
+  is_issued_ = is_ahead;
+  if (is_ahead) {
+    std::swap(plan_, next_plan_);
+    std::swap(planned_, next_planned_);
+  }
   for (const Output& output : outputs_) {
     if (output.reason != FinishReason::kNone || !output.error.ok()) Cancel(output.id);
   }
@@ -127,10 +133,48 @@ absl::StatusOr<std::vector<Output>> Engine::Step() {
   return std::move(outputs_);
 }
 
+void Engine::CountIn(absl::Time now) {
+  for (const scheduler::Planned& planned : planned_) {
+    Live& live = *sequences_.at(planned.id);
+    if (live.started == absl::Time()) {
+      live.started = now;
+      live.cached_prompt_tokens = planned.cached_tokens;
+    }
+    const StepSegment& segment = plan_.segments[planned.segment];
+    const int64_t prompt_left = static_cast<int64_t>(live.request.prompt.size()) - segment.first_position;
+    counters_.prompt_tokens += std::clamp<int64_t>(prompt_left, 0, static_cast<int64_t>(segment.tokens.size()));
+  }
+}
+
+// Without such a row there is nothing to wait for, nor to run ahead of.
+bool Engine::IsDrawnWhole() const {
+  bool draws = false;
+  for (const scheduler::Planned& planned : planned_) {
+    const StepSegment& segment = plan_.segments[planned.segment];
+    for (int32_t i = FirstLogitRow(segment); i < std::ssize(segment.tokens); ++i) {
+      if (!RuleOf(planned, segment.first_position + i).has_value()) return false;
+      draws = true;
+    }
+  }
+  return draws;
+}
+
+// Whoever is drawn now is drawn in the next step, too.
+absl::StatusOr<bool> Engine::IssueAhead() {
+  if (!scheduler_.PlanAhead(next_plan_, next_planned_)) return false;
+  RW_RETURN_IF_ERROR(Broadcast(next_plan_));
+  RW_RETURN_IF_ERROR(executor_.Issue(next_plan_, {.rule_of = [&](int32_t segment, int32_t position) {
+                                       return RuleOf(next_planned_[segment], position);
+                                     }}));
+  ++counters_.steps_ahead;
+  return true;
+}
+
 bool Engine::IsKnown(const scheduler::Planned& planned, int32_t position) const {
   const std::vector<int32_t>& tokens = sequences_.at(planned.id)->tokens;
   const StepSegment& segment = plan_.segments[planned.segment];
-  return position < std::ssize(tokens) && segment.tokens[position - segment.first_position] == tokens[position];
+  if (position >= std::ssize(tokens)) return false;
+  return plan_.kind == StepKind::kRunOn || segment.tokens[position - segment.first_position] == tokens[position];
 }
 
 // The token after the last known one is drawn, and those after drafts in case these are what is sampled.
@@ -141,8 +185,8 @@ std::optional<kernels::DrawRule> Engine::RuleOf(const scheduler::Planned& planne
 }
 
 absl::Status Engine::TakeToken(const scheduler::Planned& planned, int32_t position, int32_t token) {
-  if (!IsKnown(planned, position)) return absl::OkStatus();
-  RW_CHECK(planned.produces_token && position + 1 == std::ssize(sequences_.at(planned.id)->tokens));
+  if (!planned.produces_token || !IsKnown(planned, position)) return absl::OkStatus();
+  RW_CHECK(position + 1 == std::ssize(sequences_.at(planned.id)->tokens));
   Deliver(planned, {.id = token});
   return absl::OkStatus();
 }
@@ -223,7 +267,14 @@ absl::Status Follow(Executor& executor, comm::Communicator& communicator, absl::
     communicator.EnterStep(plan.step);
     switch (plan.kind) {
       case StepKind::kRun:
-        RW_RETURN_IF_ERROR(executor.Execute(plan, [](int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }));
+        if (!executor.can_issue()) {
+          RW_RETURN_IF_ERROR(
+              executor.Execute(plan, [](int32_t, int32_t, std::span<float>) { return absl::OkStatus(); }));
+          break;
+        }
+        [[fallthrough]];
+      case StepKind::kRunOn:
+        RW_RETURN_IF_ERROR(executor.Issue(plan));
         break;
       case StepKind::kReport: {
         std::vector<std::string> none;

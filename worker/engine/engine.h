@@ -45,13 +45,15 @@ struct Output {
 
 struct EngineCounters {
   uint64_t steps = 0;
+  uint64_t steps_ahead = 0;  // of those, issued while the one before ran
   int64_t prompt_tokens = 0;
   int64_t generated_tokens = 0;
   absl::Duration latest_step_time;
 };
 
 // Rank 0's loop body: takes requests, plans a step, tells the other ranks, executes, samples. One thread calls it; the
-// other ranks run Follow().
+// other ranks run Follow(). Where a device draws, and looks up what it drew, a step that decodes is planned, told and
+// issued while the one before it runs; a row of it whose sequence ends there is thrown away.
 class Engine {
  public:
   // `eos_ids` end a sequence unless it ignores them. Borrows executor and communicator.
@@ -60,9 +62,9 @@ class Engine {
 
   // InvalidArgument (values out of range, never fits), ResourceExhausted (queue full), AlreadyExists.
   absl::Status Submit(Request request);
-  // Frees what the sequence holds before the next step. Idempotent; no output follows.
+  // Frees what the sequence holds before the next step is planned. Idempotent; no output follows.
   void Cancel(SequenceId id);
-  bool has_work() const { return !sequences_.empty(); }
+  bool has_work() const { return !sequences_.empty() || is_issued_; }
 
   // Runs one step if there is work and returns its outputs, one for each sequence but before an error. An error is the
   // end of the group.
@@ -74,7 +76,7 @@ class Engine {
   // Ends the followers' loops.
   absl::Status Stop();
 
-  // For tests: the next step recomputes this sequence as if memory had run out.
+  // For tests: the next step to be planned recomputes this sequence as if memory had run out.
   void Preempt(SequenceId id) { scheduler_.Preempt(id); }
   const scheduler::Scheduler& scheduler() const { return scheduler_; }
   const EngineCounters& counters() const { return counters_; }
@@ -90,6 +92,12 @@ class Engine {
   };
 
   absl::Status Broadcast(StepPlan& plan);
+  // What plan_ begins and computes of prompts.
+  void CountIn(absl::Time now);
+  // Whether there are rows of plan_ whose logits are wanted, and all have a rule.
+  bool IsDrawnWhole() const;
+  // Plans, tells and issues the step behind plan_, if it needs nothing of it but the tokens. Whether it did.
+  absl::StatusOr<bool> IssueAhead();
   // Whether all that the row at `position` attends is known to be of its sequence: false of a row behind a draft that
   // was not sampled, or behind the end.
   bool IsKnown(const scheduler::Planned& planned, int32_t position) const;
@@ -110,9 +118,15 @@ class Engine {
   EngineCounters counters_;
   uint64_t next_step_ = 0;
 
-  // Scratch of one step.
+  // The step whose tokens come next, and whether it was issued. A row that is nobody's any more produces no token.
   StepPlan plan_;
   std::vector<scheduler::Planned> planned_;
+  bool is_issued_ = false;
+  // The one behind it.
+  StepPlan next_plan_;
+  std::vector<scheduler::Planned> next_planned_;
+
+  // Scratch of one step.
   std::vector<Output> outputs_;
   std::vector<scheduler::Scheduler::Token> continued_;
 };

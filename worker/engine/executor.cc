@@ -1,6 +1,7 @@
 #include "worker/engine/executor.h"
 
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/status_macros.h"
 
 namespace rankwise::engine {
@@ -27,7 +28,7 @@ absl::Status Executor::ApplyTables(const StepPlan& plan) {
   return absl::OkStatus();
 }
 
-absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink, const TokenSink& draws) {
+absl::StatusOr<kernels::StepRows> Executor::Arrange(const StepPlan& plan, const TokenSink& draws) {
   RW_RETURN_IF_ERROR(ApplyTables(plan));
   tokens_.clear();
   row_begin_.assign(1, 0);
@@ -39,8 +40,7 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink, con
   for (size_t s = 0; s < plan.segments.size(); ++s) {
     const StepSegment& segment = plan.segments[s];
     const auto count = static_cast<int32_t>(segment.tokens.size());
-    const int32_t first_wanted = segment.logits == LogitsNeed::kAll ? 0 : count - (segment.logits == LogitsNeed::kLast);
-    for (int32_t i = first_wanted; i < count; ++i) {
+    for (int32_t i = FirstLogitRow(segment); i < count; ++i) {
       logit_rows_.push_back(row_begin_.back() + i);
       logit_origin_.emplace_back(static_cast<int32_t>(s), segment.first_position + i);
       if (draws.rule_of) rules_.push_back(draws.rule_of(static_cast<int32_t>(s), segment.first_position + i));
@@ -50,8 +50,44 @@ absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink, con
     first_position_.push_back(segment.first_position);
     segment_tables_.push_back(block_tables_[segment.slot]);
   }
-  const kernels::StepRows rows{
+  return kernels::StepRows{
       .tokens = tokens_, .row_begin = row_begin_, .first_position = first_position_, .block_table = segment_tables_};
+}
+
+absl::Status Executor::Issue(const StepPlan& plan, const TokenSink& draws) {
+  const bool is_drawn = plan.kind == StepKind::kRunOn;
+  for (const StepSegment& segment : plan.segments) {
+    if (is_drawn && segment.tokens[0] >= drawn_count_) {
+      return absl::FailedPreconditionError(absl::StrCat("step ", plan.step, ": slot ", segment.slot,
+                                                        " goes on with row ", segment.tokens[0], " of the ",
+                                                        drawn_count_, " drawn before"));
+    }
+  }
+  RW_ASSIGN_OR_RETURN(const kernels::StepRows rows, Arrange(plan, draws));
+  issued_rules_.clear();
+  for (const auto& rule : rules_) {
+    RW_CHECK(rule.has_value());
+    issued_rules_.push_back(*rule);
+  }
+  if (draws.rule_of) uncollected_.push_back(logit_origin_);
+  drawn_count_ = static_cast<int32_t>(logit_rows_.size());
+  return decoder_.Issue(rows, logit_rows_, issued_rules_,
+                        is_drawn ? model::Decoder::TokenSource::kDrawn : model::Decoder::TokenSource::kKnown);
+}
+
+absl::Status Executor::Collect(const TokenSink& draws) {
+  RW_ASSIGN_OR_RETURN(const std::span<const int32_t> tokens, decoder_.Collect());
+  const Origins origins = std::move(uncollected_.front());
+  uncollected_.pop_front();
+  for (size_t i = 0; i < origins.size(); ++i) {
+    RW_RETURN_IF_ERROR(draws.take(origins[i].first, origins[i].second, tokens[i]));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Executor::Execute(const StepPlan& plan, const LogitsSink& sink, const TokenSink& draws) {
+  RW_ASSIGN_OR_RETURN(const kernels::StepRows rows, Arrange(plan, draws));
+  drawn_count_ = static_cast<int32_t>(logit_rows_.size());
   return decoder_.Forward(rows, logit_rows_,
                           {.take_logits =
                                [&](int32_t i, std::span<float> logits) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <optional>
 #include <span>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "proto/step_plan.h"
 #include "worker/model/decoder.h"
 
@@ -33,9 +35,18 @@ class Executor {
   // from its slot's history (a row without a block): rank 0 and this rank disagree, and the group must end.
   absl::Status Execute(const StepPlan& plan, const LogitsSink& sink, const TokenSink& draws = {});
 
+  // Where Decoder::can_issue: issues a step of kind kRun or kRunOn and returns. Rank 0 gives a rule for every row whose
+  // logits are wanted, the others none. FailedPrecondition also for a row of kRunOn whose token nobody drew.
+  bool can_issue() const { return decoder_.can_issue(); }
+  absl::Status Issue(const StepPlan& plan, const TokenSink& draws = {});
+  // Rank 0 waits for the older step that was issued, and takes its tokens.
+  absl::Status Collect(const TokenSink& draws);
+
   const StepLimits& limits() const { return limits_; }
 
  private:
+  // Fills the scratch; all that Decoder::Forward asks for.
+  absl::StatusOr<kernels::StepRows> Arrange(const StepPlan& plan, const TokenSink& draws);
   absl::Status ApplyTables(const StepPlan& plan);
 
   model::Decoder& decoder_;
@@ -44,9 +55,14 @@ class Executor {
 
   // Scratch of one step.
   std::vector<int32_t> tokens_, row_begin_, first_position_, logit_rows_;
-  std::vector<std::pair<int32_t, int32_t>> logit_origin_;  // segment, position
+  using Origins = std::vector<std::pair<int32_t, int32_t>>;  // segment, position
+  Origins logit_origin_;
   std::vector<std::span<const int32_t>> segment_tables_;
   std::vector<std::optional<kernels::DrawRule>> rules_;  // of logit_rows_; empty: none draws
+  std::vector<kernels::DrawRule> issued_rules_;
+
+  std::deque<Origins> uncollected_;  // of the steps issued, on rank 0
+  int32_t drawn_count_ = 0;          // rows that the step before drew from
 };
 
 }  // namespace rankwise::engine

@@ -60,6 +60,11 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const weights::Checkpoi
   if (has_repeatable_sums && !options.observes) {
     decoder->repeated_layers_ = backend.Repeat([raw = decoder.get()] { return raw->RunLayers(); });
   }
+  if (decoder->has_whole_logits() && !options.observes) {
+    for (auto& tokens : decoder->issued_tokens_) {
+      RW_ASSIGN_OR_RETURN(tokens, backend.CreateDrawnTokens(options.max_rows));
+    }
+  }
   return decoder;
 }
 
@@ -200,7 +205,7 @@ kernels::Activations Decoder::activations() const {
 
 absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const RowSink& sink) {
   RW_CHECK(sink.rules.empty() || sink.rules.size() == logit_rows.size());
-  RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
+  RW_CHECK(uncollected_ == 0);
   // The last step's sums, when nobody asked for its logits: the backend itself would wait for them without a deadline.
   RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
   rules_.clear();
@@ -208,6 +213,56 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
     // Rows whose logits are taken are drawn from too, in the cheapest way.
     for (const auto& rule : sink.rules) rules_.push_back(rule.value_or(kernels::DrawRule{.temperature = 0}));
   }
+  RW_RETURN_IF_ERROR(Compute(rows, logit_rows));
+  RW_RETURN_IF_ERROR(EmitLogits(logit_rows, sink));
+  backend_.EndStep();
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::Issue(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
+                            std::span<const kernels::DrawRule> rules, TokenSource source) {
+  RW_CHECK(can_issue() && uncollected_ < 2 && rules.size() == (plan_.rank == 0 ? logit_rows.size() : 0));
+  std::swap(issued_tokens_[0], issued_tokens_[1]);
+  kernels::DrawnTokens &tokens = *issued_tokens_[0], &before = *issued_tokens_[1];
+  kernels::StepRows step = rows;
+  if (source == TokenSource::kKnown) {
+    RW_RETURN_IF_ERROR(communicator_.Wait(options_.collective_timeout));
+  } else {
+    // The step before the one that runs: the backend itself would wait for it without a deadline.
+    if (stream_ != nullptr) {
+      RW_RETURN_IF_ERROR(stream_->WaitUntil([&] { return tokens.HasCome(); }, options_.collective_timeout));
+      RW_RETURN_IF_ERROR(stream_->Share(before.bits().first(issued_count_), options_.collective_timeout));
+    }
+    step.drawn = &before;
+  }
+  rules_.assign(rules.begin(), rules.end());
+  RW_RETURN_IF_ERROR(Compute(step, logit_rows));
+  for (size_t begin = 0; begin < logit_rows.size(); begin += kLogitRows) {
+    const size_t count = std::min<size_t>(kLogitRows, logit_rows.size() - begin);
+    RW_RETURN_IF_ERROR(MultiplyOutput(logit_rows.subspan(begin, count)));
+    RW_ASSIGN_OR_RETURN(const float* whole, WholeLogits(static_cast<int32_t>(count)));
+    if (plan_.rank != 0) continue;
+    RW_RETURN_IF_ERROR(tokens.Draw(static_cast<int64_t>(begin), whole, std::span(rules_).subspan(begin, count),
+                                   static_cast<int32_t>(config_.vocab_size)));
+  }
+  issued_count_ = static_cast<int32_t>(logit_rows.size());
+  RW_RETURN_IF_ERROR(tokens.Send(plan_.rank == 0 ? issued_count_ : 0));
+  if (plan_.rank == 0) ++uncollected_;
+  backend_.EndStep();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::span<const int32_t>> Decoder::Collect() {
+  RW_CHECK(uncollected_ > 0);
+  kernels::DrawnTokens& tokens = *issued_tokens_[--uncollected_];
+  if (stream_ != nullptr) {
+    RW_RETURN_IF_ERROR(stream_->WaitUntil([&] { return tokens.HasCome(); }, options_.collective_timeout));
+  }
+  return tokens.Take();
+}
+
+absl::Status Decoder::Compute(const kernels::StepRows& rows, std::span<const int32_t> logit_rows) {
+  RW_CHECK(rows.row_count() > 0 && rows.row_count() <= options_.max_rows, absl::StrCat(rows.row_count(), " rows"));
   kernels::StepRows step = rows;
   step.rope = &rope_;
   step.query_group = attention_.n_heads_local / attention_.n_kv_heads_local;
@@ -218,8 +273,6 @@ absl::Status Decoder::Forward(const kernels::StepRows& rows, std::span<const int
   row_count_ = rows.row_count();
   RW_RETURN_IF_ERROR(repeated_layers_ == nullptr ? RunLayers() : repeated_layers_->Run());
   observed_rows_ += rows.row_count();
-  RW_RETURN_IF_ERROR(EmitLogits(logit_rows, sink));
-  backend_.EndStep();
   return absl::OkStatus();
 }
 
@@ -287,8 +340,7 @@ absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const RowS
   for (size_t begin = 0; begin < logit_rows.size(); begin += kLogitRows) {
     const auto rows = logit_rows.subspan(begin, std::min<size_t>(kLogitRows, logit_rows.size() - begin));
     const auto first = static_cast<int32_t>(begin), count = static_cast<int32_t>(rows.size());
-    RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), rows, config_.hidden_size));
-    RW_RETURN_IF_ERROR(backend_.MatMul(logits_local_.get(), picked_.get(), count, *output_, nullptr));
+    RW_RETURN_IF_ERROR(MultiplyOutput(rows));
     const float* whole = nullptr;
     if (has_whole_logits()) {
       RW_ASSIGN_OR_RETURN(whole, WholeLogits(count));
@@ -301,6 +353,11 @@ absl::Status Decoder::EmitLogits(std::span<const int32_t> logit_rows, const RowS
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status Decoder::MultiplyOutput(std::span<const int32_t> logit_rows) {
+  RW_RETURN_IF_ERROR(backend_.PickRows(picked_.get(), normed_.get(), logit_rows, config_.hidden_size));
+  return backend_.MatMul(logits_local_.get(), picked_.get(), std::ssize(logit_rows), *output_, nullptr);
 }
 
 absl::StatusOr<const float*> Decoder::WholeLogits(int32_t count) {

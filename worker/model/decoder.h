@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -55,6 +56,17 @@ class Decoder {
   // Appends the rows' K and V to the cache, then hands what `logit_rows` (row indices, rising) gave to `sink` in order.
   absl::Status Forward(const kernels::StepRows& rows, std::span<const int32_t> logit_rows, const RowSink& sink);
 
+  // Forward in two halves, so that the host prepares a step while the device is at the one before: false where the host
+  // has to look tokens up or to draw, or observes.
+  bool can_issue() const { return issued_tokens_[0] != nullptr; }
+  // Issues a step and returns. Rank 0 draws from each logit row by its rule; the others pass none. Of kDrawn, row r has
+  // the token drawn from logit_rows[rows.tokens[r]] of the step issued before. At most two steps are not collected.
+  enum class TokenSource : uint8_t { kKnown, kDrawn };
+  absl::Status Issue(const kernels::StepRows& rows, std::span<const int32_t> logit_rows,
+                     std::span<const kernels::DrawRule> rules, TokenSource source);
+  // On rank 0, waits for the older step that was issued: its tokens, valid until the Issue after the next.
+  absl::StatusOr<std::span<const int32_t>> Collect();
+
   const weights::ModelConfig& config() const { return config_; }
   const shard::ShardPlan& plan() const { return plan_; }
   const kernels::KvPool& kv_pool() const { return *kv_pool_; }
@@ -80,6 +92,8 @@ class Decoder {
   absl::Status LoadLayer(const weights::Checkpoint& checkpoint, int index);
   absl::Status TakeBuffers();
   absl::StatusOr<kernels::Backend::Floats> Upload(const std::vector<float>& host);
+  // From the step's plan to what the last layer leaves in `normed`.
+  absl::Status Compute(const kernels::StepRows& rows, std::span<const int32_t> logit_rows);
   absl::Status RunLayers();  // of the step of row_count_ rows
   absl::Status RunLayer(int index, int32_t row_count);
   absl::Status ReduceDelta(int32_t row_count);
@@ -90,6 +104,8 @@ class Decoder {
   bool has_whole_logits() const { return plan_.world_size == 1 || stream_ != nullptr; }
   // Of `count` rows whose parts are in logits_local_; null on the other ranks.
   absl::StatusOr<const float*> WholeLogits(int32_t count);
+  // logits_local_ of these rows.
+  absl::Status MultiplyOutput(std::span<const int32_t> logit_rows);
   // Rows [begin, begin + count) of the sink, whose logits are whole, or lie in parts of all ranks in logits_local_.
   absl::Status EmitWholeRows(const float* logits, int32_t begin, int32_t count, const RowSink& sink);
   absl::Status EmitGatheredRows(int32_t begin, int32_t count, const RowSink& sink);
@@ -123,6 +139,10 @@ class Decoder {
   std::vector<int64_t> vocab_counts_;               // per rank
   std::vector<kernels::DrawRule> rules_;            // of the step's logit rows
   std::vector<int32_t> drawn_;
+  // Of the step issued last and of the one before; null where steps are not issued.
+  std::array<std::unique_ptr<kernels::DrawnTokens>, 2> issued_tokens_;
+  int32_t issued_count_ = 0;                // tokens of the step issued last
+  int32_t uncollected_ = 0;                 // steps
   std::optional<kernels::TokenDraw> draw_;  // of gathered rows
 };
 

@@ -43,6 +43,8 @@ struct Entry {
   int32_t cached = 0;            // of those, found in the prefix cache
   int32_t planned_rows = 0;      // in the step under way, without drafts
   std::vector<int32_t> drafts;   // of the step under way: rows behind those
+  int32_t logit_row = 0;         // of the step under way, the place of its last row among those with logits
+  bool is_ahead = false;         // has a row in the step behind that
   int32_t credit = kFirstDrafts * kDraftRow;
   PromptLookup lookup;
   bool is_first = true;  // no segment since it got its slot
@@ -50,6 +52,7 @@ struct Entry {
 
   int32_t known() const { return static_cast<int32_t>(sequence.tokens.size()); }
   int32_t missing() const { return known() - computed; }
+  bool ends_next() const { return known() + 1 >= sequence.max_tokens; }
 };
 
 }  // namespace
@@ -70,6 +73,11 @@ struct Scheduler::State {
   int32_t DraftLimit(const Entry& entry) const;
   void AssignDrafts();
   void Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& planned);
+  StepSegment& AddSegment(Entry& entry, StepPlan& plan);
+  void ClearSlots(StepPlan& plan);
+  bool CanPlanAhead() const;
+  bool MayGuess(const Entry& entry) const;
+  void EmitAhead(Entry& entry, StepPlan& plan, std::vector<Planned>& planned);
   void Append(Entry& entry, int32_t token);
   void Settle(Entry& entry);
   void Publish(Entry& entry);
@@ -86,7 +94,9 @@ struct Scheduler::State {
   // The step under way.
   bool is_open = false;
   int32_t rows_left = 0;
+  int32_t logit_rows = 0;
   std::vector<SequenceId> planned_ids;
+  std::vector<SequenceId> ahead_ids;  // of the step behind it; empty: there is none
 };
 
 Scheduler::State::State(const SchedulerOptions& given)
@@ -254,8 +264,7 @@ void Scheduler::State::Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& 
                      .is_first = entry.is_first,
                      .produces_token = produces_token,
                      .drafts = static_cast<int32_t>(entry.drafts.size())});
-  StepSegment& segment = plan.segments.emplace_back();
-  segment.slot = entry.slot;
+  StepSegment& segment = AddSegment(entry, plan);
   segment.first_position = entry.computed;
   if (entry.computed < entry.all_logits_end || !entry.drafts.empty()) {
     segment.logits = LogitsNeed::kAll;
@@ -265,10 +274,71 @@ void Scheduler::State::Emit(Entry& entry, StepPlan& plan, std::vector<Planned>& 
   const auto first = entry.sequence.tokens.begin() + entry.computed;
   segment.tokens.assign(first, first + entry.planned_rows);
   segment.tokens.insert(segment.tokens.end(), entry.drafts.begin(), entry.drafts.end());
-  segment.new_blocks.assign(entry.blocks.begin() + entry.announced_blocks, entry.blocks.end());
-  entry.announced_blocks = static_cast<int32_t>(entry.blocks.size());
+  logit_rows += static_cast<int32_t>(segment.tokens.size()) - FirstLogitRow(segment);
+  entry.logit_row = logit_rows - 1;
   entry.is_first = false;
   planned_ids.push_back(entry.sequence.id);
+}
+
+StepSegment& Scheduler::State::AddSegment(Entry& entry, StepPlan& plan) {
+  StepSegment& segment = plan.segments.emplace_back();
+  segment.slot = entry.slot;
+  segment.new_blocks.assign(entry.blocks.begin() + entry.announced_blocks, entry.blocks.end());
+  entry.announced_blocks = static_cast<int32_t>(entry.blocks.size());
+  return segment;
+}
+
+void Scheduler::State::ClearSlots(StepPlan& plan) {
+  for (int32_t slot = 0; slot < options.slot_count; ++slot) {
+    if (!must_clear[slot]) continue;
+    plan.cleared_slots.push_back(slot);
+    must_clear[slot] = false;
+  }
+}
+
+// Whether the next step could have drafts of it.
+bool Scheduler::State::MayGuess(const Entry& entry) const {
+  return std::min({options.max_drafts, entry.sequence.max_drafts, (entry.credit + 1) / kDraftRow,
+                   entry.sequence.max_tokens - entry.known() - 2}) > 0;
+}
+
+// Of whoever waits only the first could enter, as long as nobody leaves.
+bool Scheduler::State::CanPlanAhead() const {
+  int32_t going_on = 0, blocks = 0;
+  for (const auto& [order, entry] : running) {
+    const bool is_plain = entry->planned_rows > 0 && entry->planned_rows == entry->missing() && entry->drafts.empty() &&
+                          entry->computed >= entry->all_logits_end;
+    if (!is_plain || entry->must_yield) return false;
+    if (entry->ends_next()) continue;
+    ++going_on;
+    blocks += BlocksFor(entry->known() + 1) - static_cast<int32_t>(entry->blocks.size());
+  }
+  if (going_on == 0 || blocks > ledger.available()) return false;
+  if (!waiting.empty()) {
+    const Entry& first = *waiting.begin()->second;
+    const bool can_push = running.rbegin()->first.negated_priority > first.order.negated_priority;
+    if (going_on < static_cast<int32_t>(running.size()) || can_push || HasRoomFor(first)) return false;
+  }
+  const bool has_room_to_guess = going_on < std::min(options.draft_step_rows, options.max_step_rows);
+  return !has_room_to_guess ||
+         std::ranges::none_of(running, [this](const auto& item) { return MayGuess(*item.second); });
+}
+
+// A row for the token that is drawn behind the row of the step under way.
+void Scheduler::State::EmitAhead(Entry& entry, StepPlan& plan, std::vector<Planned>& planned) {
+  planned.push_back({.id = entry.sequence.id,
+                     .segment = static_cast<int32_t>(plan.segments.size()),
+                     .cached_tokens = entry.cached,
+                     .produces_token = true});
+  while (static_cast<int32_t>(entry.blocks.size()) < BlocksFor(entry.known() + 1)) {
+    entry.blocks.push_back(ledger.Take());
+  }
+  StepSegment& segment = AddSegment(entry, plan);
+  segment.first_position = entry.known();
+  segment.logits = LogitsNeed::kLast;
+  segment.tokens = {std::exchange(entry.logit_row, logit_rows++)};
+  entry.is_ahead = true;
+  ahead_ids.push_back(entry.sequence.id);
 }
 
 // The token sampled behind the last one known, which is the sequence's own or a draft that was sampled before.
@@ -372,16 +442,29 @@ bool Scheduler::PlanStep(StepPlan& plan, std::vector<Planned>& planned) {
   state.AssignRows();
   state.TakeBlocks();
   state.AssignDrafts();
+  state.logit_rows = 0;
   for (const auto& [order, entry] : state.running) {
     if (entry->planned_rows > 0) state.Emit(*entry, plan, planned);
   }
   RW_CHECK(!plan.segments.empty(), "sequences are live but none can run");
-  for (int32_t slot = 0; slot < state.options.slot_count; ++slot) {
-    if (!state.must_clear[slot]) continue;
-    plan.cleared_slots.push_back(slot);
-    state.must_clear[slot] = false;
-  }
+  state.ClearSlots(plan);
   state.is_open = true;
+  return true;
+}
+
+bool Scheduler::PlanAhead(StepPlan& plan, std::vector<Planned>& planned) {
+  State& state = *state_;
+  RW_CHECK(state.is_open && state.ahead_ids.empty(), "PlanAhead without an open step, or twice");
+  if (!state.CanPlanAhead()) return false;
+  plan.kind = StepKind::kRunOn;
+  plan.cleared_slots.clear();
+  plan.segments.clear();
+  planned.clear();
+  state.logit_rows = 0;
+  for (const auto& [order, entry] : state.running) {
+    if (!entry->ends_next()) state.EmitAhead(*entry, plan, planned);
+  }
+  state.ClearSlots(plan);
   return true;
 }
 
@@ -397,7 +480,14 @@ void Scheduler::CompleteStep(std::span<const Token> tokens) {
     const auto found = state.entries.find(id);
     if (found != state.entries.end() && found->second->planned_rows > 0) state.Settle(*found->second);
   }
-  state.planned_ids.clear();
+  state.planned_ids = std::exchange(state.ahead_ids, {});
+  state.is_open = !state.planned_ids.empty();
+  for (const SequenceId id : state.planned_ids) {
+    const auto found = state.entries.find(id);
+    if (found == state.entries.end() || !std::exchange(found->second->is_ahead, false)) continue;
+    // Without its token it has ended, and is removed next.
+    found->second->planned_rows = found->second->missing();
+  }
 }
 
 void Scheduler::Preempt(SequenceId id) {
@@ -431,7 +521,7 @@ void Scheduler::CheckInvariants() const {
     const bool is_running = entry->slot != kNoSlot;
     RW_CHECK(state.running.contains(entry->order) == is_running && state.waiting.contains(entry->order) != is_running);
     RW_CHECK(is_running || (entry->blocks.empty() && entry->computed == 0), "a waiting sequence owns something");
-    RW_CHECK(entry->computed + entry->planned_rows + static_cast<int32_t>(entry->drafts.size()) <=
+    RW_CHECK(entry->computed + entry->planned_rows + static_cast<int32_t>(entry->drafts.size()) + entry->is_ahead <=
              static_cast<int32_t>(entry->blocks.size()) * state.options.block_tokens);
     RW_CHECK(is_running || entry->drafts.empty());
     RW_CHECK(static_cast<int32_t>(entry->blocks.size()) <= state.BlocksFor(entry->sequence.max_tokens));

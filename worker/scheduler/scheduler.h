@@ -77,8 +77,15 @@ class Scheduler {
 
   // The next step, or nothing when no sequence is live. `plan.step` is left to the caller. plan.cleared_slots are those
   // whose sequence left, or whose table follows anew in this plan or a later one. Between PlanStep and CompleteStep the
-  // only calls allowed are Admit and Remove.
+  // only calls allowed are Admit, Remove, Preempt and PlanAhead.
   bool PlanStep(StepPlan& plan, std::vector<Planned>& planned);
+
+  // While a step is open: the one behind it, as a plan of kind kRunOn, where it can be made without the tokens of the
+  // open one. So every sequence must produce one there and leave it at that (no prompt, no drafts before or after, no
+  // logits of all rows), have its next block, and nobody enter or yield; else false, and nothing is changed. Sequences
+  // that will have their last token are not in it; who ends by the token itself is removed, and its row with it. The
+  // next CompleteStep is the open step's, and this one is open then.
+  bool PlanAhead(StepPlan& plan, std::vector<Planned>& planned);
 
   struct Token {
     SequenceId id{};
@@ -90,7 +97,7 @@ class Scheduler {
   // their places in the cache are written again.
   void CompleteStep(std::span<const Token> tokens);
 
-  // Asks the next PlanStep to preempt this sequence, as if memory had run out. For tests.
+  // Asks the next PlanStep to preempt this sequence, as if memory had run out; PlanAhead is off until then. For tests.
   void Preempt(SequenceId id);
 
   SchedulerLoad load() const;

@@ -1,13 +1,16 @@
 // A seeded simulation: random sequences that share prefixes, random pools, cancellations and preemptions, against a
 // rank that knows only what the plans say. Each place of its KV memory holds a fingerprint of the whole prefix it
 // belongs to, so that a block shared wrongly, used twice or used after it was given back shows as a wrong fingerprint,
-// and a wrong table as well. Rejected drafts leave wrong fingerprints behind, which nobody may ever read.
+// and a wrong table as well. Rejected drafts leave wrong fingerprints behind, which nobody may ever read, as do rows
+// that were planned ahead for sequences that then ended.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <optional>
 #include <random>
+#include <utility>
 
 #include "worker/scheduler/scheduler.h"
 
@@ -41,11 +44,15 @@ class Rank {
         tables_(options.slot_count),
         memory_(static_cast<size_t>(options.block_count) * options.block_tokens) {}
 
-  // The fingerprints of each segment's rows, read when all rows were written.
-  std::vector<std::vector<uint64_t>> Execute(const StepPlan& sent) {
-    const auto plan = DecodeStepPlan(EncodeStepPlan(sent), limits_);
+  // The fingerprints of each segment's rows, read when all rows were written. `drawn` are the tokens of the step before
+  // that a plan which runs on names.
+  std::vector<std::vector<uint64_t>> Execute(const StepPlan& sent, const std::vector<int32_t>& drawn = {}) {
+    auto plan = DecodeStepPlan(EncodeStepPlan(sent), limits_);
     EXPECT_TRUE(plan.ok()) << plan.status();
     EXPECT_EQ(*plan, sent);
+    if (plan->kind == StepKind::kRunOn) {
+      for (StepSegment& segment : plan->segments) segment.tokens[0] = drawn.at(segment.tokens[0]);
+    }
     for (const int32_t slot : plan->cleared_slots) tables_[slot].clear();
     for (const StepSegment& segment : plan->segments) {
       auto& table = tables_[segment.slot];
@@ -104,6 +111,7 @@ class Simulation {
     cancel_percent_ = Chance(50) ? Draw(1, 10) : 0;
     preempt_percent_ = Chance(50) ? Draw(1, 20) : 0;
     stop_percent_ = Chance(50) ? Draw(1, 10) : 0;
+    ahead_percent_ = Chance(70) ? Draw(20, 100) : 0;
     is_repetitive_ = Chance(50);
     for (int i = 0; i < 3; ++i) stems_.push_back(DrawTokens(Draw(1, options_.max_positions)));
   }
@@ -124,6 +132,7 @@ class Simulation {
       ASSERT_GT(bound, 0) << "no end in sight";
       Step(/*has_chaos=*/false);
     }
+    if (ahead_.has_value()) Step(/*has_chaos=*/false);
     StepPlan plan;
     std::vector<Planned> planned;
     if (::testing::Test::HasFailure()) return;
@@ -134,6 +143,7 @@ class Simulation {
   }
 
   int64_t finished() const { return finished_; }
+  int64_t steps_ahead() const { return steps_ahead_; }
   SchedulerLoad load() const { return scheduler_.load(); }
 
  private:
@@ -194,18 +204,31 @@ class Simulation {
     scheduler_.CheckInvariants();
   }
 
-  void Step(bool has_chaos) {
+  // What a plan made of the rank.
+  struct Executed {
     StepPlan plan;
     std::vector<Planned> planned;
-    const bool is_live = !clients_.empty();
-    ASSERT_EQ(scheduler_.PlanStep(plan, planned), is_live);
-    scheduler_.CheckInvariants();
-    if (!is_live) return;
+    std::vector<std::vector<uint64_t>> rows;
+  };
+
+  void Step(bool has_chaos) {
+    Executed step;
+    const auto& [plan, planned, rows] = step;
+    if (ahead_.has_value()) {
+      step = *std::exchange(ahead_, std::nullopt);
+    } else {
+      const bool is_live = !clients_.empty();
+      ASSERT_EQ(scheduler_.PlanStep(step.plan, step.planned), is_live);
+      scheduler_.CheckInvariants();
+      if (!is_live) return;
+      step.rows = rank_.Execute(plan);
+    }
     ASSERT_EQ(planned.size(), plan.segments.size());
-    const auto rows = rank_.Execute(plan);
     CheckAgainstOracle(plan, planned);
     if (has_chaos && Chance(cancel_percent_)) Cancel();
     if (has_chaos && Chance(20)) Arrive();
+    if (Chance(ahead_percent_)) RunAhead(step);
+    if (has_chaos && Chance(cancel_percent_)) Cancel();
 
     std::vector<Scheduler::Token> tokens;
     std::vector<SequenceId> ended;
@@ -235,17 +258,39 @@ class Simulation {
     scheduler_.CheckInvariants();
   }
 
+  // The next step is executed before anybody looks at what this one gave.
+  void RunAhead(const Executed& step) {
+    Executed next;
+    if (!scheduler_.PlanAhead(next.plan, next.planned)) return;
+    scheduler_.CheckInvariants();
+    ++steps_ahead_;
+    std::vector<int32_t> drawn;
+    for (const Planned& one : step.planned) {
+      const auto client = clients_.find(one.id);
+      const auto& prints = step.rows[one.segment];
+      const size_t count = prints.size() - FirstLogitRow(step.plan.segments[one.segment]);
+      drawn.resize(drawn.size() + count);
+      if (count > 0 && client != clients_.end()) {
+        drawn.back() = NextToken(prints.back(), client->second.tokens, is_repetitive_);
+      }
+    }
+    next.rows = rank_.Execute(next.plan, drawn);
+    ahead_ = std::move(next);
+  }
+
   void CheckAgainstOracle(const StepPlan& plan, const std::vector<Planned>& planned) {
     size_t rows = 0;
     int32_t drafts = 0;
     for (const Planned& one : planned) {
       const StepSegment& segment = plan.segments[one.segment];
+      const bool was_ahead = plan.kind == StepKind::kRunOn;
+      if (was_ahead && !clients_.contains(one.id)) continue;
       ASSERT_TRUE(clients_.contains(one.id));
       const auto& known = clients_[one.id].tokens;
       const size_t end = segment.first_position + segment.tokens.size() - one.drafts;
       ASSERT_LE(end, known.size());
-      EXPECT_TRUE(std::equal(segment.tokens.begin(), segment.tokens.end() - one.drafts,
-                             known.begin() + segment.first_position));
+      EXPECT_TRUE(was_ahead || std::equal(segment.tokens.begin(), segment.tokens.end() - one.drafts,
+                                          known.begin() + segment.first_position));
       EXPECT_LE(one.drafts, options_.max_drafts);
       if (one.drafts > 0) {
         EXPECT_EQ(segment.tokens.size(), 1u + one.drafts) << "only who decodes drafts";
@@ -269,9 +314,10 @@ class Simulation {
   std::vector<std::vector<int32_t>> stems_;  // prompts begin like one of these
   std::map<SequenceId, Client> clients_;
   uint64_t next_id_ = 1;
-  int32_t cancel_percent_ = 0, preempt_percent_ = 0, stop_percent_ = 0;
+  std::optional<Executed> ahead_;
+  int32_t cancel_percent_ = 0, preempt_percent_ = 0, stop_percent_ = 0, ahead_percent_ = 0;
   bool is_repetitive_ = false;
-  int64_t finished_ = 0;
+  int64_t finished_ = 0, steps_ahead_ = 0;
 };
 
 TEST(SchedulerSimulation, EverySequenceGetsItsOwnTokensAndEnds) {
@@ -279,13 +325,14 @@ TEST(SchedulerSimulation, EverySequenceGetsItsOwnTokensAndEnds) {
   const char* only = std::getenv("RANKWISE_SEED");
   const uint64_t first = only == nullptr ? 1 : std::strtoull(only, nullptr, 10);
   const uint64_t last = only == nullptr ? 4000 : first;
-  int64_t finished = 0, preemptions = 0, cached_tokens = 0, accepted = 0, rejected = 0;
+  int64_t finished = 0, preemptions = 0, cached_tokens = 0, accepted = 0, rejected = 0, steps_ahead = 0;
   for (uint64_t seed = first; seed <= last; ++seed) {
     SCOPED_TRACE(testing::Message() << "RANKWISE_SEED=" << seed);
     Simulation simulation(seed);
     simulation.Run();
     if (HasFailure()) return;
     finished += simulation.finished();
+    steps_ahead += simulation.steps_ahead();
     preemptions += simulation.load().preemptions;
     cached_tokens += simulation.load().cached_tokens;
     accepted += simulation.load().accepted_tokens;
@@ -298,6 +345,7 @@ TEST(SchedulerSimulation, EverySequenceGetsItsOwnTokensAndEnds) {
   EXPECT_GT(cached_tokens, 10000);
   EXPECT_GT(accepted, 3000);
   EXPECT_GT(rejected, 3000);
+  EXPECT_GT(steps_ahead, 10000);
 }
 
 }  // namespace

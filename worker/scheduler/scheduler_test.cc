@@ -54,10 +54,31 @@ class SchedulerTest : public ::testing::Test {
 
   std::string Plan() {
     if (!scheduler_->PlanStep(plan_, planned_)) return "idle";
+    return Describe(plan_, planned_);
+  }
+
+  // The step behind the one that is open: "1[6,7) token of row 0".
+  std::string PlanAhead() {
+    if (!scheduler_->PlanAhead(next_plan_, next_planned_)) return "none";
+    EXPECT_EQ(next_plan_.kind, StepKind::kRunOn);
+    return Describe(next_plan_, next_planned_);
+  }
+
+  // Ends the open step; the one behind it is open then.
+  void CompleteAhead() {
+    Complete();
+    std::swap(plan_, next_plan_);
+    std::swap(planned_, next_planned_);
+  }
+
+  std::string Describe(const StepPlan& plan, const std::vector<Planned>& planned) const {
     scheduler_->CheckInvariants();
     std::vector<std::string> words;
-    if (!plan_.cleared_slots.empty()) words.push_back(absl::StrCat("clear ", absl::StrJoin(plan_.cleared_slots, " ")));
-    for (size_t s = 0; s < plan_.segments.size(); ++s) words.push_back(Describe(planned_[s], plan_.segments[s]));
+    if (!plan.cleared_slots.empty()) words.push_back(absl::StrCat("clear ", absl::StrJoin(plan.cleared_slots, " ")));
+    for (size_t s = 0; s < plan.segments.size(); ++s) {
+      words.push_back(Describe(planned[s], plan.segments[s]));
+      if (plan.kind == StepKind::kRunOn) absl::StrAppend(&words.back(), " of row ", plan.segments[s].tokens[0]);
+    }
     return absl::StrJoin(words, "; ");
   }
 
@@ -111,8 +132,8 @@ class SchedulerTest : public ::testing::Test {
   }
 
   std::unique_ptr<Scheduler> scheduler_;
-  StepPlan plan_;
-  std::vector<Planned> planned_;
+  StepPlan plan_, next_plan_;
+  std::vector<Planned> planned_, next_planned_;
 };
 
 TEST_F(SchedulerTest, OneSequenceFromPromptToEnd) {
@@ -164,6 +185,82 @@ TEST_F(SchedulerTest, AllLogitsOfThePromptAreAskedInEveryChunk) {
   EXPECT_TRUE(planned_[0].produces_token);
   Complete();
   EXPECT_EQ(Step(), "1[9,10) token");
+}
+
+TEST_F(SchedulerTest, PlansTheNextStepWhileOneIsOpen) {
+  Start(Defaults());
+  Admit(1, 6);
+  ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{2}, .tokens = Tokens(2, 3), .max_tokens = 5}).ok());
+  Admit(3, 4);
+  EXPECT_EQ(Plan(), "1[0,6) blocks 0 1 token; 2[0,3) blocks 2 token; 3[0,4) blocks 3 token");
+  EXPECT_EQ(PlanAhead(), "1[6,7) token of row 0; 2[3,4) token of row 1; 3[4,5) blocks 4 token of row 2");
+  CompleteAhead();
+  EXPECT_EQ(PlanAhead(), "1[7,8) token of row 0; 3[5,6) token of row 2") << "2 gets its last token";
+  Remove(2);
+  Remove(3);  // its row is under way
+  CompleteAhead();
+  EXPECT_EQ(PlanAhead(), "clear 1 2; 1[8,9) blocks 4 token of row 0");
+  CompleteAhead();
+  Complete();
+  EXPECT_EQ(Step(), "1[9,10) token") << "and one step at a time again";
+}
+
+TEST_F(SchedulerTest, PlansNothingAheadThatTheTokensCouldChange) {
+  const auto ahead_of = [this](const SchedulerOptions& options, const auto& prepare) {
+    Start(options);
+    Admit(1, 6);
+    prepare();
+    EXPECT_TRUE(scheduler_->PlanStep(plan_, planned_));
+    return PlanAhead() != "none";
+  };
+  EXPECT_TRUE(ahead_of(Defaults(), [] {}));
+  EXPECT_TRUE(ahead_of(Defaults(), [&] { Admit(2, 6); }));
+  EXPECT_FALSE(ahead_of(Defaults(), [&] { Admit(2, 12); })) << "a prompt that goes on";
+  EXPECT_FALSE(
+      ahead_of(Defaults(), [&] { ASSERT_TRUE(TryAdmit(2, Tokens(2, 4), 0, /*needs_all_logits=*/true).ok()); }));
+  EXPECT_FALSE(ahead_of(Defaults(), [&] {
+    ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{2}, .tokens = {5}, .max_tokens = 2}).ok());
+    Remove(1);
+  })) << "nobody goes on";
+  SchedulerOptions guessing = Defaults();
+  guessing.max_drafts = 2;
+  EXPECT_FALSE(ahead_of(guessing, [] {}));
+  guessing.draft_step_rows = 1;
+  EXPECT_TRUE(ahead_of(guessing, [] {})) << "a step of one row has no drafts";
+
+  // Of one that comes while the other one decodes; there are blocks for 40 tokens.
+  SchedulerOptions small = Defaults();
+  small.block_count = 10;
+  const auto ahead_with = [&](int32_t known, int32_t priority) {
+    Start(small);
+    Admit(1, 6);
+    Step();
+    Plan();
+    Admit(2, known, priority);
+    return PlanAhead() != "none";
+  };
+  EXPECT_FALSE(ahead_with(3, 0)) << "who came may enter";
+  EXPECT_TRUE(ahead_with(36, 0)) << "who came has no room";
+  EXPECT_FALSE(ahead_with(36, 1)) << "who came may take the other's place";
+  Start(small);
+  Admit(1, 6);
+  Plan();
+  scheduler_->Preempt(SequenceId{1});
+  EXPECT_EQ(PlanAhead(), "none") << "who runs has to yield";
+
+  small = Defaults();
+  small.block_count = 2;
+  small.max_positions = 8;
+  Start(small);
+  for (const int32_t id : {1, 2}) Admit(id, 4);
+  EXPECT_EQ(Plan(), "1[0,4) blocks 0 token");
+  EXPECT_EQ(PlanAhead(), "1[4,5) blocks 1 token of row 0") << "2 has no room";
+  CompleteAhead();
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_NE(PlanAhead(), "none");
+    CompleteAhead();
+  }
+  EXPECT_EQ(PlanAhead(), "none") << "1 gets its last token";
 }
 
 TEST_F(SchedulerTest, SharesAPrefixButComputesTheLastToken) {
