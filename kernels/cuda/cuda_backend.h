@@ -9,8 +9,8 @@
 // include this. It lives in librankwise_cuda.so, which a process opens only when it is told to use a GPU.
 //
 // Threads: as any Backend, one thread at a time, but not always the same one. Ops are issued on the backend's stream
-// and return before they are done; only CopyToHost and what reads results (SaturatedCounts, BlockBytes, an observation)
-// wait. Pointers in ops are device memory from Allocate.
+// and return before they are done; only CopyToHost and what reads results (Draw, DrawnTokens::Take, SaturatedCounts,
+// BlockBytes, an observation) wait. Pointers in ops are device memory from Allocate.
 //
 // Repeat records steps of up to 64 rows in CUDA graphs, one for each shape of step (rows, tiles of attention, reach
 // of the longest context in powers of two) that comes a second time, and launches them from then on. The order

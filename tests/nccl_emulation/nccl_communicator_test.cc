@@ -88,10 +88,10 @@ TEST_F(NcclCommunicatorTest, AnErrorOfNcclIsNamedAndIsEveryLaterCalls) {
   });
 }
 
-// Calls of the start: two to join, two to register, then the sums of the warm-up. (On a busy machine a rank may come
-// too late for its peer to hear of it.)
+// Calls of the start: two to join, two to register, then the sums of the warm-up and what is shared. (On a busy machine
+// a rank may come too late for its peer to hear of it.)
 TEST_F(NcclCommunicatorTest, AnErrorAtTheStartIsEveryRanks) {
-  for (int call = 1; call <= 10; ++call) {
+  for (int call = 1; call <= 12; ++call) {
     SCOPED_TRACE(call);
     nccl_emulation::FailCall(call, ncclRemoteError);
     for (const absl::Status& status : RunTwo([](Communicator&) { FAIL() << "started"; }, kShort)) {

@@ -170,7 +170,7 @@ absl::Status NcclCommunicator::RegisterScratch(absl::Duration timeout) {
       "ncclCommWindowRegister");
 }
 
-// NCCL connects ranks when it first needs to, which it must not while a graph is captured.
+// NCCL connects ranks when it first needs to, which it must not while a graph is captured, nor should in a step.
 absl::Status NcclCommunicator::WarmUp(absl::Duration timeout) {
   const int64_t count = one_exchange_floats_ + size_;
   void* memory = nullptr;
@@ -179,6 +179,7 @@ absl::Status NcclCommunicator::WarmUp(absl::Duration timeout) {
   RW_RETURN_IF_ERROR(Cuda(cudaMemsetAsync(memory, 0, count * sizeof(float), stream_), "cudaMemsetAsync"));
   RW_RETURN_IF_ERROR(AllReduceSum({values.get(), static_cast<size_t>(size_)}, timeout));
   RW_RETURN_IF_ERROR(AllReduceSum({values.get(), static_cast<size_t>(count)}, timeout));
+  RW_RETURN_IF_ERROR(Share({values.get(), static_cast<size_t>(size_)}, timeout));
   return Wait(timeout);
 }
 
