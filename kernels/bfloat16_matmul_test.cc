@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/matmul_contract.h"
 #include "kernels/number_formats.h"
 #include "kernels/test_support.h"
 
@@ -15,7 +16,7 @@
 namespace rankwise::kernels {
 namespace {
 
-constexpr double kUnit = 0x1p-24, kLeast = 0x1p-126;
+constexpr double kLeast = 0x1p-126;
 
 // The products that this machine can do: by pairs, or by fma where a CPU has no better.
 std::vector<std::string> ProductNames() {
@@ -33,23 +34,6 @@ std::unique_ptr<Backend> MakeBf16Backend(const std::string& name, int threads = 
   return std::make_unique<CpuBackend>(CpuKernels{kernels.floats, kernels.integers, kAvx512BFloat16s}, options, threads);
 }
 
-SumTree Chunks(int64_t n_in, int chunks) {
-  SumTree tree;
-  for (int c = 0; c <= chunks; ++c) tree.boundaries.push_back(n_in * c / chunks);
-  return tree;
-}
-
-std::vector<float> Multiply(Backend& backend, const MatrixView& view, const SumTree& tree, const std::vector<float>& x,
-                            const float* bias) {
-  auto packed = backend.Pack(std::span(&view, 1), tree);
-  EXPECT_TRUE(packed.ok()) << packed.status();
-  const int64_t rows = static_cast<int64_t>(x.size()) / view.cols;
-  Guarded y(rows * view.rows);
-  EXPECT_TRUE(backend.MatMul(y.data(), x.data(), rows, **packed, bias).ok());
-  EXPECT_TRUE(y.BandsAreIntact());
-  return y.values();
-}
-
 float Rounded(float x) { return BFloat16ToFloat(FloatToBFloat16(x)); }
 
 // An fma whose operands and result are zeros where they are denormals. A result is one that is too small for a normal
@@ -64,28 +48,21 @@ float FlushingFma(float a, float b, float c) {
   return std::fabs(scaled) < kLeast * 0x1p64 ? std::copysign(0.0f, sum) : sum;
 }
 
-// One output by the words of Activations, in scalar code, and what bounds its rounding.
-struct Output {
-  float value;
-  double exact, size;
-};
-Output OutputOf(const HostMatrix& weights, const SumTree& tree, const float* x, float bias, int64_t out) {
+// By the words of Activations.
+Output RoundedOutput(const MatrixView& view, const SumTree& tree, const float* x, float bias, int64_t out) {
   std::vector<float> sums;
   Output result{.value = 0, .exact = bias, .size = std::fabs(bias)};
   for (size_t c = 0; c + 1 < tree.boundaries.size(); ++c) {
     float sum = 0;
     for (int64_t k = tree.boundaries[c]; k < tree.boundaries[c + 1]; ++k) {
-      const float a = Rounded(x[k]), w = Rounded(weights.at(out, k));
+      const float a = Rounded(x[k]), w = Rounded(ElementAt(view, out, k));
       sum = FlushingFma(a, w, sum);
       result.exact += double{a} * w;
       result.size += std::fabs(double{a} * w);
     }
     sums.push_back(sum);
   }
-  for (; sums.size() > 1; sums.resize(sums.size() / 2)) {
-    for (size_t i = 0; i < sums.size() / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-  }
-  result.value = sums[0] + bias;
+  result.value = TreeSum(std::move(sums)) + bias;
   return result;
 }
 
@@ -103,18 +80,10 @@ TEST_P(BFloat16MatMulTest, GivesTheBitsOfTheContractForAnyRowsAndThreads) {
     for (const DType dtype : {DType::kF16, DType::kBF16}) {
       for (const int64_t n_in : {1, 2, 31, 299}) {
         const HostMatrix weights(random_.Floats(77 * n_in), 77, dtype);
-        const std::vector<float> bias = random_.Floats(77);
         for (const int chunks : {1, 2, 8, 64}) {  // most end in the middle of a pair
-          const SumTree tree = Chunks(n_in, chunks);
-          for (const int64_t rows : {1, 2, 6, 7, 12, 13, 241}) {
-            const std::vector<float> x = random_.Floats(rows * n_in);
-            const std::vector<float> y = Multiply(*backend, weights.view(), tree, x, bias.data());
-            for (int64_t i = 0; i<rows * 77; i += rows> 25 ? 13 : 1) {
-              ASSERT_EQ(y[i], OutputOf(weights, tree, &x[i / 77 * n_in], bias[i % 77], i % 77).value)
-                  << threads << " threads, " << DTypeName(dtype) << ", n_in=" << n_in << ", " << chunks << " chunks, "
-                  << rows << " rows, " << i;
-            }
-          }
+          SCOPED_TRACE(testing::Message() << threads << " threads");
+          ExpectContract(*backend, weights.view(), Chunks(n_in, chunks), {1, 2, 6, 7, 12, 13, 241}, random_,
+                         RoundedOutput);
         }
       }
     }
@@ -178,7 +147,7 @@ TEST_P(BFloat16MatMulTest, StaysWithinTheBoundOfItsFormula) {
       const double roundings = std::ceil(static_cast<double>(n_in) / static_cast<double>(chunks)) +
                                std::log2(static_cast<double>(chunks)) + 2;
       for (int64_t i = 0; i < rows * n_out; ++i) {
-        const Output output = OutputOf(weights, tree, &x[i / n_out * n_in], bias[i % n_out], i % n_out);
+        const Output output = RoundedOutput(weights.view(), tree, &x[i / n_out * n_in], bias[i % n_out], i % n_out);
         const double bound = 1.01 * roundings * kUnit * output.size + static_cast<double>(n_in) * kLeast;
         ASSERT_LE(std::fabs(y[i] - output.exact), bound) << i;
         // The twin rounds once, from sums of doubles.
@@ -191,36 +160,18 @@ TEST_P(BFloat16MatMulTest, StaysWithinTheBoundOfItsFormula) {
 TEST_P(BFloat16MatMulTest, ARowOfALargeBatchEqualsTheRowAlone) {
   const auto backend = MakeBf16Backend(GetParam(), 2);
   const HostMatrix weights(random_.Floats(70 * 1037), 70, DType::kF16);
-  const SumTree tree = Chunks(1037, 4);
-  const std::vector<float> x = random_.Floats(499 * 1037);
-  const std::vector<float> y = Multiply(*backend, weights.view(), tree, x, nullptr);
-  for (const int64_t row : {0, 1, 239, 240, 241, 479, 480, 498}) {
-    const std::vector<float> own(x.begin() + row * 1037, x.begin() + (row + 1) * 1037);
-    const std::vector<float> batched(y.begin() + row * 70, y.begin() + (row + 1) * 70);
-    EXPECT_TRUE(SameBits(Multiply(*backend, weights.view(), tree, own, nullptr), batched)) << "row " << row;
-  }
+  ExpectRowsAreAsAlone(*backend, weights.view(), random_);
 }
 
-// What tensor parallelism rests on, also where a half begins in the middle of a pair of the whole, and among sums so
-// small that a flush in the tree would show.
+// Also where a half begins in the middle of a pair of the whole, and among sums so small that a flush in the tree would
+// show.
 TEST_P(BFloat16MatMulTest, HalvesOfTheTreeAddUpToTheWhole) {
   const auto backend = MakeBf16Backend(GetParam(), 2);
   for (const float size : {1.0f, 0x1p-62f}) {
+    SCOPED_TRACE(size);
     const HostMatrix weights(random_.Floats(45 * 344, -size, size), 45, DType::kBF16);
-    const SumTree tree = {{0, 43, 86, 129, 173, 215, 258, 301, 344}};
-    const std::vector<float> x = random_.Floats(3 * 344, -size, size);
-    const std::vector<float> y = Multiply(*backend, weights.view(), tree, x, nullptr);
-    std::vector<float> sum(y.size());
-    for (const int half : {0, 1}) {
-      const int64_t begin = tree.boundaries[half * 4], end = tree.boundaries[half * 4 + 4];
-      SumTree part;
-      for (int c = 0; c <= 4; ++c) part.boundaries.push_back(tree.boundaries[half * 4 + c] - begin);
-      std::vector<float> own;
-      for (int64_t r = 0; r < 3; ++r) own.insert(own.end(), &x[r * 344 + begin], &x[r * 344] + end);
-      const std::vector<float> of_half = Multiply(*backend, ColumnsOf(weights.view(), begin, end), part, own, nullptr);
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] = half ? sum[i] + of_half[i] : of_half[i];
-    }
-    EXPECT_TRUE(SameBits(sum, y)) << size;
+    ExpectHalvesAddUp(*backend, weights.view(), {{0, 43, 86, 129, 173, 215, 258, 301, 344}},
+                      random_.Floats(3 * 344, -size, size));
   }
 }
 

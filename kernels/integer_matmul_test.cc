@@ -6,14 +6,13 @@
 
 #include "base/check.h"
 #include "kernels/activation_groups.h"
+#include "kernels/matmul_contract.h"
 #include "kernels/number_formats.h"
 #include "kernels/test_support.h"
 
 // Activations::kInt8 of the CPU backend.
 namespace rankwise::kernels {
 namespace {
-
-constexpr double kUnit = 0x1p-24;
 
 std::unique_ptr<Backend> MakeInt8Backend(const std::string& name, int threads = 1) {
   auto backend = CreateCpuBackend(
@@ -22,29 +21,8 @@ std::unique_ptr<Backend> MakeInt8Backend(const std::string& name, int threads = 
   return *std::move(backend);
 }
 
-std::vector<float> Multiply(Backend& backend, const MatrixView& view, const SumTree& tree, const std::vector<float>& x,
-                            const float* bias) {
-  auto packed = backend.Pack(std::span(&view, 1), tree);
-  EXPECT_TRUE(packed.ok()) << packed.status();
-  const int64_t rows = static_cast<int64_t>(x.size()) / view.cols;
-  Guarded y(rows * view.rows);
-  EXPECT_TRUE(backend.MatMul(y.data(), x.data(), rows, **packed, bias).ok());
-  EXPECT_TRUE(y.BandsAreIntact());
-  return y.values();
-}
-
-SumTree Chunks(int64_t n_in, int chunks) {
-  SumTree tree;
-  for (int c = 0; c <= chunks; ++c) tree.boundaries.push_back(n_in * c / chunks);
-  return tree;
-}
-
-// One output by the words of kernels/activation_groups.h, in scalar code, and what bounds its rounding.
-struct Output {
-  float value;
-  double exact, size;
-};
-Output OutputOf(const MatrixView& view, const SumTree& tree, const float* x, float bias, int64_t out) {
+// By the words of kernels/activation_groups.h.
+Output QuantisedOutput(const MatrixView& view, const SumTree& tree, const float* x, float bias, int64_t out) {
   const GroupedMatrix& m = *view.grouped;
   const auto group_of = [&](int64_t k) { return (view.col_begin + k) / m.group_size; };
   std::vector<float> sums;
@@ -72,10 +50,7 @@ Output OutputOf(const MatrixView& view, const SumTree& tree, const float* x, flo
     }
     sums.push_back(sum);
   }
-  for (; sums.size() > 1; sums.resize(sums.size() / 2)) {
-    for (size_t i = 0; i < sums.size() / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-  }
-  result.value = sums[0] + bias;
+  result.value = TreeSum(std::move(sums)) + bias;
   return result;
 }
 
@@ -105,18 +80,9 @@ TEST_P(IntegerMatMulTest, GivesTheBitsOfTheContractForAnyRowsAndThreads) {
       for (const Case& c : kCases) {
         const Quantised whole(c.n_out, c.n_in, bits, c.group_size, random_);
         const MatrixView view = ColumnsOf(RowsOf(whole.view(), c.row_begin, c.n_out), c.col_begin, c.n_in);
-        const SumTree tree = Chunks(view.cols, c.chunks);
-        const std::vector<float> bias = random_.Floats(view.rows);
-        for (const int64_t rows : {1, 2, 3, 4, 5, 8, 11, 12, 13, 25, 241}) {
-          const std::vector<float> x = random_.Floats(rows * view.cols);
-          const std::vector<float> y = Multiply(*backend, view, tree, x, bias.data());
-          for (int64_t i = 0; i<rows * view.rows; i += rows> 25 ? 7 : 1) {
-            const int64_t out = i % view.rows;
-            ASSERT_EQ(y[i], OutputOf(view, tree, &x[i / view.rows * view.cols], bias[out], out).value)
-                << bits << " bits, [" << view.rows << ", " << view.cols << "] from column " << c.col_begin
-                << ", groups of " << c.group_size << ", " << c.chunks << " chunks, " << rows << " rows, " << i;
-          }
-        }
+        SCOPED_TRACE(testing::Message() << threads << " threads, groups of " << c.group_size);
+        ExpectContract(*backend, view, Chunks(view.cols, c.chunks), {1, 2, 3, 4, 5, 8, 11, 12, 13, 25, 241}, random_,
+                       QuantisedOutput);
       }
     }
   }
@@ -136,7 +102,8 @@ TEST_P(IntegerMatMulTest, DoesNotSaturate) {
             const std::vector<float> x(rows * 256, value), bias(32);
             const std::vector<float> y = Multiply(*backend, whole.view(), Chunks(256, 1), x, bias.data());
             for (int64_t i = 0; i < rows * 32; ++i) {
-              ASSERT_EQ(y[i], OutputOf(whole.view(), Chunks(256, 1), x.data(), 0, i % 32).value) << bits << " " << i;
+              ASSERT_EQ(y[i], QuantisedOutput(whole.view(), Chunks(256, 1), x.data(), 0, i % 32).value)
+                  << bits << " " << i;
             }
           }
         }
@@ -164,7 +131,8 @@ TEST_P(IntegerMatMulTest, StaysWithinTheBoundOfItsFormula) {
       const std::vector<float> y = Multiply(*backend, view, tree, x, bias.data());
       const std::vector<float> twin = Multiply(*reference, view, tree, x, bias.data());
       for (int64_t i = 0; i < 3 * view.rows; ++i) {
-        const Output output = OutputOf(view, tree, &x[i / view.rows * view.cols], bias[i % view.rows], i % view.rows);
+        const Output output =
+            QuantisedOutput(view, tree, &x[i / view.rows * view.cols], bias[i % view.rows], i % view.rows);
         const double bound = 1.01 * (most + std::log2(c.chunks) + 2) * kUnit * output.size;
         ASSERT_LE(std::fabs(y[i] - output.exact), bound) << i;
         // The twin rounds once, from sums of doubles.
@@ -174,25 +142,13 @@ TEST_P(IntegerMatMulTest, StaysWithinTheBoundOfItsFormula) {
   }
 }
 
-// What tensor parallelism rests on. The halves begin in the middle of a weight group and of a pair of words.
+// The halves begin in the middle of a weight group and of a pair of words.
 TEST_P(IntegerMatMulTest, HalvesOfTheTreeAddUpToTheWhole) {
   const auto backend = MakeInt8Backend(GetParam(), 2);
   for (const int bits : {4, 8}) {
+    SCOPED_TRACE(bits);
     const Quantised whole(64, 1032, bits, 344, random_);
-    const SumTree tree = Chunks(1032, 8);
-    const std::vector<float> x = random_.Floats(5 * 1032);
-    const std::vector<float> y = Multiply(*backend, whole.view(), tree, x, nullptr);
-    std::vector<float> sum(y.size());
-    for (const int half : {0, 1}) {
-      const int64_t begin = tree.boundaries[half * 4], end = tree.boundaries[half * 4 + 4];
-      SumTree part;
-      for (int c = 0; c <= 4; ++c) part.boundaries.push_back(tree.boundaries[half * 4 + c] - begin);
-      std::vector<float> own;
-      for (int64_t r = 0; r < 5; ++r) own.insert(own.end(), &x[r * 1032 + begin], &x[r * 1032] + end);
-      const std::vector<float> of_half = Multiply(*backend, ColumnsOf(whole.view(), begin, end), part, own, nullptr);
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] = half ? sum[i] + of_half[i] : of_half[i];
-    }
-    EXPECT_TRUE(SameBits(sum, y)) << bits;
+    ExpectHalvesAddUp(*backend, whole.view(), Chunks(1032, 8), random_.Floats(5 * 1032));
   }
 }
 

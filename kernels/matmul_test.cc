@@ -4,22 +4,14 @@
 #include <cmath>
 #include <numeric>
 
+#include "kernels/matmul_contract.h"
 #include "kernels/number_formats.h"
 #include "kernels/test_support.h"
 
 namespace rankwise::kernels {
 namespace {
 
-constexpr double kUnit = 0x1p-24;  // relative error of one f32 rounding
-
 SumTree OneChunk(int64_t n_in) { return {{0, n_in}}; }
-
-// `chunks` pieces of uneven length, some perhaps empty.
-SumTree UnevenChunks(int64_t n_in, int chunks) {
-  SumTree tree;
-  for (int c = 0; c <= chunks; ++c) tree.boundaries.push_back(n_in * c / chunks);
-  return tree;
-}
 
 struct Product {
   Random random{TestSeed()};
@@ -53,20 +45,21 @@ struct Product {
 };
 
 // The contract word for word: a scalar fma chain per chunk, added pairwise.
-float ChainedSum(const Product& p, const SumTree& tree, int64_t row, int64_t out) {
+Output ChainedOutput(const MatrixView& view, const SumTree& tree, const float* x, float bias, int64_t out) {
   std::vector<float> sums;
+  Output result{.value = 0, .exact = bias, .size = std::fabs(bias)};
   for (size_t c = 0; c + 1 < tree.boundaries.size(); ++c) {
     float sum = 0;
     for (int64_t k = tree.boundaries[c]; k < tree.boundaries[c + 1]; ++k) {
-      sum = std::fma(p.x[row * p.n_in + k], p.weights.at(out, k), sum);
+      const float w = ElementAt(view, out, k);
+      sum = std::fma(x[k], w, sum);
+      result.exact += double{x[k]} * w;
+      result.size += std::fabs(double{x[k]} * w);
     }
     sums.push_back(sum);
   }
-  while (sums.size() > 1) {
-    for (size_t i = 0; i < sums.size() / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-    sums.resize(sums.size() / 2);
-  }
-  return sums[0] + p.bias[out];
+  result.value = TreeSum(std::move(sums)) + bias;
+  return result;
 }
 
 class MatMulTest : public testing::TestWithParam<std::string> {};
@@ -80,20 +73,14 @@ TEST_P(MatMulTest, StaysWithinTheBoundOfItsFormula) {
     for (const auto& [n_out, n_in, rows, chunks] : std::vector<std::array<int64_t, 4>>{
              {1, 1, 1, 1}, {31, 7, 2, 1}, {32, 128, 3, 4}, {33, 172, 5, 8}, {65, 259, 13, 2}, {97, 300, 14, 64}}) {
       const Product p(n_out, n_in, rows, dtype);
-      const SumTree tree = UnevenChunks(n_in, static_cast<int>(chunks));
+      const SumTree tree = Chunks(n_in, static_cast<int>(chunks));
       const auto y = p.On(*backend, tree);
       const double roundings = std::ceil(static_cast<double>(n_in) / chunks) + std::log2(chunks) + 2;
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t o = 0; o < n_out; ++o) {
-          double exact = p.bias[o], size = std::fabs(p.bias[o]);
-          for (int64_t k = 0; k < n_in; ++k) {
-            const double term = double{p.x[r * n_in + k]} * p.weights.at(o, k);
-            exact += term;
-            size += std::fabs(term);
-          }
-          ASSERT_LE(std::fabs(y[r * n_out + o] - exact), 1.01 * roundings * kUnit * size)
-              << DTypeName(dtype) << " n_out=" << n_out << " n_in=" << n_in << " row " << r << " column " << o;
-        }
+      for (int64_t i = 0; i < rows * n_out; ++i) {
+        const int64_t out = i % n_out;
+        const Output output = ChainedOutput(p.weights.view(), tree, &p.x[i / n_out * n_in], p.bias[out], out);
+        ASSERT_LE(std::fabs(y[i] - output.exact), 1.01 * roundings * kUnit * output.size)
+            << DTypeName(dtype) << " n_out=" << n_out << " n_in=" << n_in << " row " << i / n_out << " column " << out;
       }
     }
   }
@@ -104,8 +91,11 @@ TEST_P(MatMulTest, IsExactOnSmallIntegers) {
   for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
     for (int64_t rows : {1, 6, 7, 12, 13, 241}) {
       const Product p(37, 301, rows, dtype, /*is_exact=*/true);
-      const auto y = p.On(*backend, UnevenChunks(301, 8));
-      for (int64_t i = 0; i < rows * 37; ++i) ASSERT_EQ(y[i], ChainedSum(p, OneChunk(301), i / 37, i % 37)) << i;
+      const auto y = p.On(*backend, Chunks(301, 8));
+      for (int64_t i = 0; i < rows * 37; ++i) {
+        const float* x = &p.x[i / 37 * 301];
+        ASSERT_EQ(y[i], ChainedOutput(p.weights.view(), OneChunk(301), x, p.bias[i % 37], i % 37).value) << i;
+      }
     }
   }
 }
@@ -134,7 +124,7 @@ TEST_P(MatMulTest, GroupedWeightsEqualTheirFloatsToTheBit) {
       for (const int64_t count : {1, 2, 5, 7, 12, 13, 300}) {
         const Product p(rows, cols, count, DType::kF32);
         for (const int chunks : {1, 4}) {
-          const SumTree tree = UnevenChunks(cols, chunks);
+          const SumTree tree = Chunks(cols, chunks);
           const MatrixView equal = floats.view();
           ASSERT_TRUE(SameBits(p.Multiply(*backend, std::span(&slice, 1), tree, p.x, true),
                                p.Multiply(*backend, std::span(&equal, 1), tree, p.x, true)))
@@ -206,25 +196,23 @@ TEST_P(MatMulTest, RefusesWhatCannotBePacked) {
   EXPECT_FALSE(backend->Pack(mixed, OneChunk(3)).ok());
 }
 
-class CpuMatMulTest : public testing::TestWithParam<std::string> {};
+class CpuMatMulTest : public testing::TestWithParam<std::string> {
+ protected:
+  Random random_{TestSeed()};
+};
 INSTANTIATE_TEST_SUITE_P(InstructionSets, CpuMatMulTest, testing::ValuesIn(InstructionSets()),
                          [](const auto& i) { return i.param; });
 
 TEST_P(CpuMatMulTest, GivesTheBitsOfTheContractForAnyRowsAndThreads) {
   SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
-  for (int threads : TeamSizes()) {
+  for (const int threads : TeamSizes()) {
     const auto backend = MakeBackend(GetParam(), threads);
-    for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
-      for (int chunks : {1, 2, 8, 64}) {
-        for (int64_t rows : {1, 2, 5, 6, 7, 11, 12, 13, 24, 26}) {
-          const Product p(77, 299, rows, dtype);
-          const SumTree tree = UnevenChunks(299, chunks);
-          const auto y = p.On(*backend, tree);
-          for (int64_t i = 0; i < rows * 77; ++i) {
-            ASSERT_EQ(y[i], ChainedSum(p, tree, i / 77, i % 77)) << threads << " threads, " << DTypeName(dtype) << ", "
-                                                                 << chunks << " chunks, " << rows << " rows, " << i;
-          }
-        }
+    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      const HostMatrix weights(random_.Floats(77 * 299), 77, dtype);
+      for (const int chunks : {1, 2, 8, 64}) {
+        SCOPED_TRACE(testing::Message() << threads << " threads");
+        ExpectContract(*backend, weights.view(), Chunks(299, chunks), {1, 2, 5, 6, 7, 11, 12, 13, 24, 26}, random_,
+                       ChainedOutput);
       }
     }
   }
@@ -233,38 +221,14 @@ TEST_P(CpuMatMulTest, GivesTheBitsOfTheContractForAnyRowsAndThreads) {
 TEST_P(CpuMatMulTest, ARowOfALargeBatchEqualsTheRowAlone) {
   SCOPED_TRACE(testing::Message() << "seed " << TestSeed());
   const auto backend = MakeBackend(GetParam(), 2);
-  const Product p(70, 517, 499, DType::kF16);
-  const SumTree tree = UnevenChunks(517, 4);
-  const auto y = p.On(*backend, tree);
-  const MatrixView view = p.weights.view();
-  for (int64_t row : {0, 1, 239, 240, 241, 479, 480, 498}) {
-    const std::vector<float> x(p.x.begin() + row * 517, p.x.begin() + (row + 1) * 517);
-    const std::vector<float> batched(y.begin() + row * 70, y.begin() + (row + 1) * 70);
-    EXPECT_TRUE(SameBits(p.Multiply(*backend, std::span(&view, 1), tree, x, true), batched)) << "row " << row;
-  }
+  const HostMatrix weights(random_.Floats(70 * 517), 70, DType::kF16);
+  ExpectRowsAreAsAlone(*backend, weights.view(), random_);
 }
 
-// What tensor parallelism rests on: each rank sums its half of the tree, the all-reduce adds the halves.
 TEST_P(CpuMatMulTest, HalvesOfTheTreeAddUpToTheWhole) {
   const auto backend = MakeBackend(GetParam(), 2);
-  const Product p(45, 344, 3, DType::kBF16);
-  const SumTree tree = UnevenChunks(344, 8);
-  const auto whole = p.On(*backend, tree, /*has_bias=*/false);
-  const int64_t cut = tree.boundaries[4];
-  std::vector<float> sum(whole.size());
-  for (int half : {0, 1}) {
-    const int64_t begin = half * cut, end = half ? 344 : cut;
-    MatrixView view = p.weights.view();
-    view.data += begin * 2;
-    view.cols = end - begin;
-    SumTree part;
-    for (int c = 0; c <= 4; ++c) part.boundaries.push_back(tree.boundaries[half * 4 + c] - begin);
-    std::vector<float> x;
-    for (int64_t r = 0; r < 3; ++r) x.insert(x.end(), p.x.begin() + r * 344 + begin, p.x.begin() + r * 344 + end);
-    const auto y = p.Multiply(*backend, std::span(&view, 1), part, x, /*has_bias=*/false);
-    for (size_t i = 0; i < sum.size(); ++i) sum[i] = half ? sum[i] + y[i] : y[i];
-  }
-  EXPECT_TRUE(SameBits(sum, whole));
+  const HostMatrix weights(random_.Floats(45 * 344), 45, DType::kBF16);
+  ExpectHalvesAddUp(*backend, weights.view(), Chunks(344, 8), random_.Floats(3 * 344));
 }
 
 TEST(RandomTest, CoversBothSignsAndDiffers) {
