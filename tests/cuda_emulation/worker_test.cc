@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "tests/cuda_emulation/emulator.h"
 #include "tests/support/test_data.h"
@@ -17,16 +18,28 @@ namespace {
 using engine::Request;
 using engine::SequenceId;
 
+engine::RankOptions DemoOptions(const std::string& kv) {
+  engine::RankOptions options;
+  options.model_dir = SourcePath("launch/demo_model");
+  options.kv = kv;
+  options.max_tokens = 128;
+  options.max_running = 4;
+  options.max_step_rows = 32;
+  return options;
+}
+
+std::unique_ptr<ThreadGroup> StartOnCuda(const engine::RankOptions& options, int tp, bool records_steps = true) {
+  auto group = ThreadGroup::Start(
+      options, tp, [records_steps](int) { return kernels::CreateCudaBackend({.records_steps = records_steps}); });
+  RW_CHECK(group.ok(), group.status().ToString());
+  return *std::move(group);
+}
+
 class CudaWorkerTest : public ::testing::TestWithParam<const char*> {
  protected:
   engine::RankOptions Options(int tp) const {
-    engine::RankOptions options;
-    options.model_dir = SourcePath("launch/demo_model");
-    options.kv = GetParam();
+    engine::RankOptions options = DemoOptions(GetParam());
     options.kv_scales_dir = scales_.FolderOf(tp);
-    options.max_tokens = 128;
-    options.max_running = 4;
-    options.max_step_rows = 32;
     options.max_chunk_rows = 24;
     return options;
   }
@@ -49,9 +62,7 @@ class CudaWorkerTest : public ::testing::TestWithParam<const char*> {
     return RunAll((*group)->engine(), Requests());
   }
   std::map<SequenceId, Result> OnCuda(int tp) const {
-    auto group = ThreadGroup::Start(Options(tp), tp, [](int) { return kernels::CreateCudaBackend({}); });
-    EXPECT_TRUE(group.ok()) << group.status();
-    return RunAll((*group)->engine(), Requests());
+    return RunAll(StartOnCuda(Options(tp), tp)->engine(), Requests());
   }
 
   const WideScales scales_{{1, 2}};
@@ -83,21 +94,15 @@ TEST_P(CudaWorkerBatchTest, AloneOrInABatchIsTheSameToTheBit) {
   const auto batched = OnCuda(1);
   auto options = Options(1);
   options.max_chunk_rows = 7;
-  auto group = ThreadGroup::Start(options, 1, [](int) { return kernels::CreateCudaBackend({}); });
-  ASSERT_TRUE(group.ok()) << group.status();
+  const auto group = StartOnCuda(options, 1);
   for (const Request& request : Requests()) {
-    EXPECT_EQ(RunAlone((*group)->engine(), request), batched.at(request.id));
+    EXPECT_EQ(RunAlone(group->engine(), request), batched.at(request.id));
   }
 }
 
 // Without log-probabilities the GPU draws, and tokens alone come to the host: the same ones.
 TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
-  engine::RankOptions options;
-  options.model_dir = SourcePath("launch/demo_model");
-  options.kv = "f16";
-  options.max_tokens = 128;
-  options.max_running = 4;
-  options.max_step_rows = 32;
+  engine::RankOptions options = DemoOptions("f16");
   options.max_drafts = 0;
   std::vector<Request> sampled;
   for (int i = 0; i < 4; ++i) {
@@ -114,11 +119,10 @@ TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
   }
   std::vector<Request> drawn = sampled;
   for (Request& request : drawn) request.sampling.logprobs = -1;
-  auto group = ThreadGroup::Start(options, 1, [](int) { return kernels::CreateCudaBackend({}); });
-  ASSERT_TRUE(group.ok()) << group.status();
-  const auto expected = RunAll((*group)->engine(), sampled);
+  const auto group = StartOnCuda(options, 1);
+  const auto expected = RunAll(group->engine(), sampled);
   const int64_t before = cuda_emulation::BytesToHost();
-  const auto results = RunAll((*group)->engine(), drawn);
+  const auto results = RunAll(group->engine(), drawn);
   EXPECT_EQ(cuda_emulation::BytesToHost() - before, 4 * 5 * sizeof(int32_t));
   for (const auto& [id, result] : results) EXPECT_EQ(result.tokens, expected.at(id).tokens);
 }
@@ -149,12 +153,6 @@ TEST(CudaPlanTest, AStepIsOneCopyToTheDevice) {
 
 // Recorded steps do what issued ones do, also when a batch shrinks.
 TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
-  engine::RankOptions options;
-  options.model_dir = SourcePath("launch/demo_model");
-  options.kv = "int8-online";
-  options.max_tokens = 64;
-  options.max_running = 3;
-  options.max_step_rows = 64;
   std::vector<Request> requests;
   for (const int length : {30, 3, 9}) {
     Request request{.id = SequenceId{requests.size() + 1}};
@@ -165,11 +163,9 @@ TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
   std::map<SequenceId, Result> results[2];
   int64_t launches[2];
   for (const bool records : {false, true}) {
-    auto group = ThreadGroup::Start(
-        options, 1, [&](int) { return kernels::CreateCudaBackend({.device = 0, .records_steps = records}); });
-    ASSERT_TRUE(group.ok()) << group.status();
+    const auto group = StartOnCuda(DemoOptions("int8-online"), 1, records);
     const int64_t before = cuda_emulation::GraphLaunches();
-    results[records] = RunAll((*group)->engine(), requests);
+    results[records] = RunAll(group->engine(), requests);
     launches[records] = cuda_emulation::GraphLaunches() - before;
   }
   EXPECT_EQ(results[0], results[1]);
@@ -179,20 +175,16 @@ TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
 
 // The first steps of a model of two layers, as a profiler shows them.
 TEST(CudaProfilerTest, ShowsStepsLayersAndOps) {
-  engine::RankOptions options;
-  options.model_dir = SourcePath("launch/demo_model");
-  options.kv = "f16";
-  options.max_tokens = 64;
+  engine::RankOptions options = DemoOptions("f16");
   options.max_drafts = 0;
-  auto group = ThreadGroup::Start(options, 1, [](int) { return kernels::CreateCudaBackend({}); });
-  ASSERT_TRUE(group.ok()) << group.status();
+  const auto group = StartOnCuda(options, 1);
   const Request request{
       .id = SequenceId{1}, .prompt = {5, 6, 7}, .sampling = {.max_tokens = 4, .temperature = 0, .ignore_eos = true}};
   cuda_emulation::TakeRanges();
-  RunAlone((*group)->engine(), request);
+  RunAlone(group->engine(), request);
   const std::vector<std::string> ranges = cuda_emulation::TakeRanges();
   std::vector<std::string> of_prompt = {"", "/Embed", "/RmsNorm"};
-  for (int layer = 0; layer < (*group)->rank().decoder->config().n_layers; ++layer) {
+  for (int layer = 0; layer < group->rank().decoder->config().n_layers; ++layer) {
     for (const char* op : {"", "/MatMul", "/RopeAppend", "/Attention", "/MatMul", "/RmsNorm", "/MatMul", "/SiluMul",
                            "/MatMul", "/RmsNorm"}) {
       of_prompt.push_back(absl::StrCat("/layer ", layer, op));
