@@ -15,7 +15,8 @@
 //   - reaches __syncthreads at different places, or with some threads gone; calls a warp's function with some lanes
 //     elsewhere; or waits for what never comes;
 //   - loads 8 or 16 bytes from an address that is not a multiple of them;
-//   - writes beside an allocation (cudaMalloc). AddressSanitizer also sees reads, where it is on.
+//   - writes beside an allocation (cudaMalloc) or to one freed lately. AddressSanitizer also sees reads, where it is
+//   on.
 // Threads run in an order drawn for each block from RANKWISE_EMULATION_SEED and the number of the launch, a warp as far
 // as it gets before the next. Blocks run one at a time: what kernels of several blocks do to each other is not tested.
 namespace rankwise::cuda_emulation {
@@ -83,7 +84,7 @@ int64_t GraphLaunches();
 // streams of one thread.
 void SetStreamsLate(bool are_late);
 
-// Every allocation's guard bands are as they were, or which is not.
+// Every allocation's guard bands, and what was freed lately, are as they were, or which is not.
 std::string CheckAllocations();
 
 }  // namespace rankwise::cuda_emulation

@@ -159,6 +159,16 @@ TEST_F(EmulatorTest, FindsWritesBesideAnAllocationAndMisplacedLoads) {
   EXPECT_EQ(cudaFree(memory), cudaSuccess);
 }
 
+#if !defined(__SANITIZE_ADDRESS__)  // which ends the process
+TEST_F(EmulatorTest, FindsWritesToWhatWasFreed) {
+  void* memory = nullptr;
+  ASSERT_EQ(cudaMalloc(&memory, 40), cudaSuccess);
+  ASSERT_EQ(cudaFree(memory), cudaSuccess);
+  EXPECT_THAT(Run(WriteAt, 32, static_cast<int*>(memory), 9), HasSubstr("memory that was freed"));
+  static_cast<int*>(memory)[9] = static_cast<int>(0xa5a5a5a5);
+}
+#endif
+
 TEST_F(EmulatorTest, RefusesTheDefaultStreamAndWhatNoGpuLaunches) {
   EXPECT_EQ(Launch(DivergentBarrier, dim3(1), 32, 0, nullptr), cudaErrorInvalidValue);
   EXPECT_NE(Launch(SomeLeave, dim3(1), 33, 0, stream_), cudaSuccess);

@@ -30,10 +30,19 @@ constexpr unsigned char kGuard = 0xa5;
 
 size_t RoundUp(size_t x, size_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Ranks are threads of one process: one table for all.
+// Ranks are threads of one process: one table for all. What was freed last is kept as one guard band, so that a launch
+// that still names it is noticed.
 struct Allocations {
+  struct Freed {
+    std::unique_ptr<unsigned char[], void (*)(void*)> memory;
+    size_t bytes;
+  };
+  static constexpr size_t kMostFreedBytes = 256 << 10;
+
   std::mutex mutex;
   std::map<unsigned char*, size_t> bytes;
+  std::deque<Freed> freed;
+  size_t freed_bytes = 0;
 };
 Allocations& TheAllocations() {
   static auto* allocations = new Allocations();
@@ -50,6 +59,18 @@ bool IsIntact([[maybe_unused]] const unsigned char* begin, [[maybe_unused]] cons
   return true;
 }
 
+void Keep(Allocations& all, const std::pair<unsigned char* const, size_t>& allocation) {
+  const auto [memory, bytes] = allocation;
+  std::memset(memory, kGuard, bytes);
+  const size_t whole = RoundUp(bytes, kGuardBytes) + 2 * kGuardBytes;
+  ASAN_POISON_MEMORY_REGION(memory - kGuardBytes, whole);
+  all.freed.push_back({{memory - kGuardBytes, std::free}, whole});
+  for (all.freed_bytes += whole; all.freed_bytes > Allocations::kMostFreedBytes; all.freed.pop_front()) {
+    all.freed_bytes -= all.freed.front().bytes;
+    ASAN_UNPOISON_MEMORY_REGION(all.freed.front().memory.get(), all.freed.front().bytes);
+  }
+}
+
 thread_local std::string last_fault;
 thread_local std::vector<std::string> open_ranges, ranges;
 std::atomic<int64_t> bytes_to_host{0}, copies_to_device{0}, graph_launches{0};
@@ -64,6 +85,9 @@ std::string CheckAllocations() {
     if (!IsIntact(memory - kGuardBytes, memory) || !IsIntact(end, memory + RoundUp(bytes, kGuardBytes) + kGuardBytes)) {
       return absl::StrCat("a kernel wrote beside an allocation of ", bytes, " bytes");
     }
+  }
+  for (const auto& [memory, bytes] : all.freed) {
+    if (!IsIntact(memory.get(), memory.get() + bytes)) return "a kernel wrote to memory that was freed";
   }
   return "";
 }
@@ -297,14 +321,14 @@ cudaError_t cudaFree(void* memory) {
     for (const cudaStream_t stream : late_streams) CatchUp(stream, stream->given);
   }
   const std::string fault = CheckAllocations();
-  auto* begin = static_cast<unsigned char*>(memory) - kGuardBytes;
   {
     Allocations& all = TheAllocations();
     const std::lock_guard lock(all.mutex);
-    if (all.bytes.erase(begin + kGuardBytes) == 0) return cudaErrorInvalidValue;
+    const auto place = all.bytes.find(static_cast<unsigned char*>(memory));
+    if (place == all.bytes.end()) return cudaErrorInvalidValue;
+    Keep(all, *place);
+    all.bytes.erase(place);
   }
-  ASAN_UNPOISON_MEMORY_REGION(begin, 1);
-  std::free(begin);
   last_fault = fault;
   return fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
