@@ -36,13 +36,14 @@ constexpr float kNothing = -INFINITY;
 
 // The block's shared memory, in the order of the members.
 struct Layout {
-  int64_t q, scores, values, numbers, bytes;
-  __host__ __device__ Layout(int head_dim, bool keeps_values)
+  int64_t q, scores, values, numbers, rings, bytes;
+  __host__ __device__ Layout(int head_dim, bool keeps_values, int ring_words)
       : q(0),
         scores(q + int64_t{3} * kTileVectors * QueryStride(head_dim) * 4),
         values(scores + int64_t{kTileVectors} * kScoreStride * 4),
         numbers(values + (keeps_values ? int64_t{kTileVectors} * head_dim * 4 : 0)),
-        bytes(numbers + int64_t{kNumbers} * kTileVectors * 4) {}
+        rings(numbers + int64_t{kNumbers} * kTileVectors * 4),
+        bytes(rings + int64_t{kWarps} * ring_words * 4) {}
   static constexpr int kNumbers = 6;
 };
 
@@ -94,11 +95,12 @@ class TileAttention {
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         head_(blockIdx.y),
-        layout_(task.head_dim, task.split_count == 0),
+        layout_(task.head_dim, task.split_count == 0, F::kRingWords),
         q_(layout_.q, int64_t{3} * kTileVectors * QueryStride(task.head_dim)),
         scores_(layout_.scores, int64_t{kTileVectors} * kScoreStride),
         values_(layout_.values, task.split_count == 0 ? int64_t{kTileVectors} * task.head_dim : 0),
-        numbers_(layout_.numbers, int64_t{Layout::kNumbers} * kTileVectors) {
+        numbers_(layout_.numbers, int64_t{Layout::kNumbers} * kTileVectors),
+        ring_(layout_.rings + int64_t{warp_} * F::kRingWords * 4, F::kRingWords) {
     reach_ = {WindowOf(0).begin, WindowOf(tile_.vector_count - 1).end};
   }
 
@@ -187,15 +189,22 @@ class TileAttention {
   // Scores of the split's blocks, warp w those with index w mod 4; outside of a vector's window kNothing.
   __device__ void Score(int32_t split, const Window& part) {
     const int32_t first = part.begin / kBlockTokens, last = (part.end - 1) / kBlockTokens;
-    for (int32_t index = split * kSplitBlocks + warp_; index <= last; index += kWarps) {
-      if (index < first) continue;
+    int32_t index = split * kSplitBlocks + warp_;
+    while (index < first) index += kWarps;
+    KPiece ahead{2 * index, 0};
+    int place = 0;
+    for (int i = 0; i + 1 < F::kStages; ++i) CopyNext(i * F::kPieceWords, ahead, last);
+    for (; index <= last; index += kWarps) {
       const unsigned char* block = Block(index);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float high[4] = {}, low[4] = {};
         for (int32_t slab = 0; slab < task_.head_dim; slab += 64) {
+          CopyNext(Before(place), ahead, last);
+          WaitForPiece();
+          __syncwarp();
           typename F::KWords words;
-          F::LoadK(block, task_.head_dim, half * 8 + lane_ / 4, slab + lane_ % 4 * 16, words);
+          F::LoadK(ring_, place, lane_, words);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             uint32_t q[3][4], k[F::kTerms][2];
@@ -204,11 +213,49 @@ class TileAttention {
             F::KTerms(words, i, k);
             MultiplyTerms(high, low, q, k);
           }
+          __syncwarp();  // before its place is copied to again
+          place = Behind(place);
         }
         StoreScores(index, half, block, high, low);
       }
     }
   }
+
+  // What is copied next: of K in Score's order, of V in SumValues'.
+  struct KPiece {
+    int32_t half, slab;  // half h of block b is 2 b + h
+  };
+  struct VPiece {
+    int32_t slab, index;
+  };
+  // Where the piece behind that at `place` lies, and that before it, in the warp's ring.
+  __device__ static int Behind(int place) { return (place + F::kPieceWords) % F::kRingWords; }
+  __device__ static int Before(int place) { return (place + F::kRingWords - F::kPieceWords) % F::kRingWords; }
+  // A group of copies, empty past the last piece.
+  __device__ void CopyNext(int place, KPiece& next, int32_t last) const {
+    if (next.half / 2 <= last) {
+      const unsigned char* tile = Block(next.half / 2) + next.half % 2 * (KTileBytes(kFormat, task_.head_dim) / 2);
+      F::CopyK(ring_, place, tile, task_.head_dim, next.slab, lane_);
+      next.slab += 64;
+      if (next.slab >= task_.head_dim) {
+        next.slab = 0;
+        next.half += next.half % 2 == 0 ? 1 : 2 * kWarps - 1;
+      }
+    }
+    CommitCopies();
+  }
+  __device__ void CopyNext(int place, VPiece& next, int32_t first, int32_t last) const {
+    if (next.slab * 32 < task_.head_dim) {
+      F::CopyV(ring_, place, VTile(Block(next.index)), next.slab, lane_);
+      if (++next.index > last) {
+        next.index = first;
+        next.slab += kWarps;
+      }
+    }
+    CommitCopies();
+  }
+  // For all groups but the last kStages - 1.
+  __device__ static void WaitForPiece() { WaitForCopies<F::kStages - 1>(); }
 
   __device__ void LoadQuery(int term, int32_t pair, uint32_t (&q)[4]) const {
     const uint2 upper = q_.Load2(QueryAt(term, lane_ / 4) + pair);
@@ -304,14 +351,17 @@ class TileAttention {
   // Σ p v, a warp 32 dims at a time.
   __device__ void SumValues(int32_t split, const Window& part) {
     const int32_t first = part.begin / kBlockTokens, last = (part.end - 1) / kBlockTokens;
+    VPiece ahead{warp_, first};
+    int place = 0;
+    for (int i = 0; i + 1 < F::kStages; ++i) CopyNext(i * F::kPieceWords, ahead, first, last);
     for (int32_t slab = warp_; slab * 32 < task_.head_dim; slab += kWarps) {
       float high[4][4] = {}, low[4][4] = {};
       bool is_finite = true;
-      typename F::VWords next;
-      F::LoadV(VTile(Block(first)), slab, lane_, next);
       for (int32_t index = first; index <= last; ++index) {
-        typename F::VWords words = next;
-        if (index < last) F::LoadV(VTile(Block(index + 1)), slab, lane_, next);
+        CopyNext(Before(place), ahead, first, last);
+        WaitForPiece();  // of which a lane reads what it copied itself
+        typename F::VWords words;
+        F::LoadV(ring_, place, lane_, words);
         uint32_t p[3][4];
         LoadWeights(index % kSplitBlocks * kBlockTokens, p);
 #pragma unroll
@@ -320,6 +370,7 @@ class TileAttention {
           is_finite &= F::VTerms(words, n, v);
           MultiplyTerms(high[n], low[n], p, v);
         }
+        place = Behind(place);
       }
       const bool adds_rest = F::kHasInfinities && __any_sync(kAllLanes, !is_finite);
 #pragma unroll
@@ -381,11 +432,19 @@ class TileAttention {
   const Shared<float> scores_;   // [kTileVectors, kScoreStride]
   const Shared<float> values_;   // [kTileVectors, head_dim]: where one block walks all splits
   const Shared<float> numbers_;  // [NumberOf, kTileVectors]
+  const Shared<uint32_t> ring_;  // of this warp: kStages pieces of K or V
   Window reach_;                 // positions that any vector attends
 };
 
+// Blocks of a multiprocessor, which say how many registers a thread may have. With another block, threads would spill.
 template <KvElement kFormat>
-__global__ void __launch_bounds__(kWarps * 32) AttentionKernel(const __grid_constant__ AttentionTask task) {
+constexpr int kBlocks = BitsOf(kFormat) == 32  ? 3
+                        : BitsOf(kFormat) == 8 ? 5
+                                               : 4;
+
+template <KvElement kFormat>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks<kFormat>)
+    AttentionKernel(const __grid_constant__ AttentionTask task) {
   TileAttention<kFormat> attention(task, task.tiles[blockIdx.x]);
   if (task.split_count > 0) {
     const int32_t split = attention.split_begin() + static_cast<int32_t>(blockIdx.z);
@@ -429,7 +488,7 @@ __global__ void __launch_bounds__(kWarps * 32) MergeKernel(const __grid_constant
 
 template <KvElement kFormat>
 cudaError_t LaunchFormat(const AttentionTask& task, cudaStream_t stream) {
-  const Layout layout(task.head_dim, task.split_count == 0);
+  const Layout layout(task.head_dim, task.split_count == 0, KvFragments<kFormat>::kRingWords);
   const int splits = task.split_count > 0 ? task.split_count : 1;
   const cudaError_t error = Launch(AttentionKernel<kFormat>, dim3(task.tile_count, task.n_kv_heads, splits),
                                    kWarps * 32, layout.bytes, stream, task);

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // All that kernels do in CUDA's own syntax or in PTX. tests/cuda_emulation has a twin of this header, in plain C++ and
 // found before it, so that the same .cu files run on a CPU. Kernels therefore use no `<<<>>>`, no `__shared__` and no
@@ -36,17 +37,39 @@ class Shared {
   __device__ Shared(int64_t offset, int64_t) : data_(reinterpret_cast<T*>(dynamic_shared + offset)) {}
   __device__ T& operator[](int64_t i) const { return data_[i]; }
   // Elements [i, i + 4), as one access; i is a multiple of 4.
-  __device__ float4 Load4(int64_t i) const { return *reinterpret_cast<const float4*>(data_ + i); }
+  using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint4>;
+  __device__ Four Load4(int64_t i) const { return *reinterpret_cast<const Four*>(data_ + i); }
   // Elements i and i + 1; i is even.
   __device__ uint2 Load2(int64_t i) const { return *reinterpret_cast<const uint2*>(data_ + i); }
+  // Elements [i, i + kCount), four or two, from global memory at `from`, or zeros where `is_there` is not; i is a
+  // multiple of kCount. The thread goes on: what it copied is there, for itself, after WaitForCopies, and for others
+  // after a barrier behind that.
+  template <int kCount>
+  __device__ void CopyAsync(int64_t i, const void* from, bool is_there) const {
+    static_assert(kCount == 4 || kCount == 2);
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(data_ + i));
+    const int bytes = is_there ? kCount * 4 : 0;
+    if constexpr (kCount == 4) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    }
+  }
 
  private:
   T* data_;
 };
 
-// 16 or 8 bytes of global memory that no kernel writes while this one runs, past the first-level cache's needs.
+// What this thread copied since its last CommitCopies is one group, which may be empty. WaitForCopies<n> waits for all
+// of its groups but the last n.
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int kLeft>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
+}
+
+// 16 bytes of global memory that no kernel writes while this one runs, past the first-level cache's needs.
 __device__ inline uint4 Load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
-__device__ inline uint2 Load8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
 
 // high += a[0] · b[0], low += Σ a[i] · b[j] of all others, in this order, for a [16, 16] and b [16, 8] given as terms
 // in bf16, each product exact. Fragments as mma.m16n8k16 has them (PTX ISA, "Matrix Fragments for mma.m16n8k16"): with

@@ -11,6 +11,9 @@
 //   K: a lane holds dims 16 t + 4 i + {0 .. 3} of one token and a slab of 64, for steps i = 0 .. 3
 //   V: tokens 4 t + {0 .. 3} of dims 8 n + g of a slab of 32, for n = 0 .. 3
 // VTerms tells whether all values were finite; others it replaces with 0.
+//
+// They come to a warp in pieces, of K eight tokens and 64 dims, of V sixteen tokens and 32 dims, copied into the warp's
+// own ring of kStages pieces while it multiplies earlier ones. `place` is where a piece begins in it, in words.
 namespace rankwise::kernels::cuda {
 
 // Four bytes, none above 2^8 - 1, minus `offset`, as pairs of bf16.
@@ -50,23 +53,59 @@ struct Words16 {
   }
 };
 
-// What formats of whole bytes share: 16 values of kBits.
+// A piece of values of kBits, and the 16 of a lane: kUnits of 16 bytes, of int4 one of 8.
 template <int kBits>
-struct ByteFragments {
-  static constexpr int kLoads = kBits / 8;
-  using KWords = Words16<kLoads>;
-  using VWords = Words16<kLoads>;
-  // `dim` is a multiple of 16; past the row's padding all is zero.
-  __device__ static void LoadK(const unsigned char* tile, int head_dim, int token, int dim, KWords& k) {
-    const int64_t row = RoundUp(head_dim, 16);
+struct Pieces {
+  static constexpr int kWords = kBits == 4 ? 2 : 4;
+  static constexpr int kUnits = kBits / 2 / kWords;
+  static constexpr int kTokenUnits = kUnits * 4;  // of K
+  static constexpr int kPieceWords = kUnits * 32 * kWords;
+  // 2 KiB for each warp, of f32 4, all but one piece of it on their way: more would cost a multiprocessor blocks.
+  static constexpr int kStages = kBits == 32 ? 2 : 32 / kBits;
+  static constexpr int kRingWords = kStages * kPieceWords;
+
+  // Eight lanes' accesses meet all banks, both those of consecutive units and those of every lane's i-th one.
+  __device__ static int KUnitAt(int token, int unit) {
+    if constexpr (kBits == 32) unit ^= unit / 8 ^ token % 2 * 2;
+    if constexpr (kBits == 16) unit ^= token % 2;
+    return (token * kTokenUnits + unit) * kWords;
+  }
+  // `tile` begins with the eight tokens; past a row's padding all is zero.
+  __device__ static void CopyK(const Shared<uint32_t>& ring, int place, const unsigned char* tile, int head_dim,
+                               int slab, int lane) {
+    const int row = static_cast<int>(RoundUp(head_dim, 16));
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      k.words[i] = dim < row ? Load16(tile + (token * row + dim) * (kBits / 8) + i * 16) : uint4{0, 0, 0, 0};
+    for (int i = 0; i < kUnits; ++i) {
+      const int token = (i * 32 + lane) / kTokenUnits, unit = (i * 32 + lane) % kTokenUnits;
+      const int dim = slab + unit * (32 * kWords / kBits);
+      const unsigned char* from = tile + (token * row + dim) * kBits / 8;
+      ring.template CopyAsync<kWords>(place + KUnitAt(token, unit), dim < row ? from : tile, dim < row);
     }
   }
-  __device__ static void LoadV(const unsigned char* tile, int slab, int lane, VWords& v) {
+  __device__ static void CopyV(const Shared<uint32_t>& ring, int place, const unsigned char* tile, int slab, int lane) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) v.words[i] = Load16(tile + ((slab * kLoads + i) * 32 + lane) * 16);
+    for (int i = 0; i < kUnits; ++i) {
+      const int unit = i * 32 + lane;
+      ring.template CopyAsync<kWords>(place + unit * kWords, tile + (slab * kUnits * 32 + unit) * (kWords * 4), true);
+    }
+  }
+};
+
+// What formats of whole bytes share.
+template <int kBits>
+struct ByteFragments : Pieces<kBits> {
+  using P = Pieces<kBits>;
+  using KWords = Words16<P::kUnits>;
+  using VWords = Words16<P::kUnits>;
+  __device__ static void LoadK(const Shared<uint32_t>& ring, int place, int lane, KWords& k) {
+#pragma unroll
+    for (int i = 0; i < P::kUnits; ++i) {
+      k.words[i] = ring.Load4(place + P::KUnitAt(lane / 4, lane % 4 * P::kUnits + i));
+    }
+  }
+  __device__ static void LoadV(const Shared<uint32_t>& ring, int place, int lane, VWords& v) {
+#pragma unroll
+    for (int i = 0; i < P::kUnits; ++i) v.words[i] = ring.Load4(place + (i * 32 + lane) * 4);
   }
 };
 
@@ -144,15 +183,14 @@ struct KvFragments<KvElement::kInt8Online> : ByteFragments<8>, IntegerFragments 
 };
 
 template <>
-struct KvFragments<KvElement::kInt4Online> : IntegerFragments {
+struct KvFragments<KvElement::kInt4Online> : Pieces<4>, IntegerFragments {
   using KWords = uint2;
   using VWords = uint2;
-  __device__ static void LoadK(const unsigned char* tile, int head_dim, int token, int dim, KWords& k) {
-    const int64_t row = RoundUp(head_dim, 16);
-    k = dim < row ? Load8(tile + (token * row + dim) / 2) : uint2{0, 0};
+  __device__ static void LoadK(const Shared<uint32_t>& ring, int place, int lane, KWords& k) {
+    k = ring.Load2(place + KUnitAt(lane / 4, lane % 4));
   }
-  __device__ static void LoadV(const unsigned char* tile, int slab, int lane, VWords& v) {
-    v = Load8(tile + (slab * 32 + lane) * 8);
+  __device__ static void LoadV(const Shared<uint32_t>& ring, int place, int lane, VWords& v) {
+    v = ring.Load2(place + lane * 2);
   }
   // Nibbles 4 i .. 4 i + 3 as bytes.
   __device__ static void KTerms(const KWords& k, int i, uint32_t (&terms)[1][2]) {

@@ -16,7 +16,10 @@ namespace {
 //          16 roundings: |y - exact| <= (n_in + 8) 2^-24 (Σ_k |x w| + |bias|), as one fma chain does; a quarter of
 //          that in fact, since chains are a quarter as long
 // Shapes   x [row_count, n_in], y [row_count, n_out]; weights as MatMulTask says
-// Launch   grid (16 kTilesOut outputs, 8 kTilesRows rows), 128 threads, shared memory for 4 tiles of sums
+// Loads    weights are read into registers a slab ahead; of few rows x where it is used, of many through shared memory,
+//          copied a slab ahead, 64 columns of 32 rows for each warp (its own: no warp waits for another)
+// Launch   grid (16 kTilesOut outputs, 8 kTilesRows rows), 128 threads, shared memory for the copies and 4 tiles of
+// sums
 constexpr int kWarps = 4;
 constexpr int kSlab = 64;
 
@@ -85,13 +88,26 @@ __device__ inline Group LoadGroup(const MatMulTask& task, int64_t column, int64_
           {static_cast<float>(task.zeros[at]), static_cast<float>(task.zeros[at + 8])}};
 }
 
+// What each warp has of the block's shared memory, in floats: two slabs of x where x is copied, then its sums.
+template <int kTilesOut, int kTilesRows>
+struct WarpFloats {
+  static constexpr bool kIsCopied = kTilesRows > 1;
+  static constexpr int kSums = kTilesOut * 16 * kTilesRows * 8;
+  static constexpr int kCopy = kIsCopied ? kTilesRows * 8 * kSlab : 0;
+  static constexpr int kAll = 2 * kCopy > kSums ? 2 * kCopy : kSums;
+};
+
 template <WeightFormat kFormat, int kTilesOut, int kTilesRows>
 class Tile {
   using W = Stored<kFormat>;
+  using Floats = WarpFloats<kTilesOut, kTilesRows>;
 
  public:
-  __device__ Tile(const MatMulTask& task)
+  // `own` is where this warp's floats begin.
+  __device__ Tile(const MatMulTask& task, const Shared<float>& shared, int own)
       : task_(task),
+        shared_(shared),
+        own_(own),
         lane_(threadIdx.x % 32),
         tile_(int64_t{blockIdx.x} * kTilesOut),
         row_(int64_t{blockIdx.y} * kTilesRows * 8) {}
@@ -100,10 +116,25 @@ class Tile {
     const int64_t slabs = (task_.n_in + kSlab - 1) / kSlab;
     if (warp >= slabs) return;
     Load(warp, words_);
+    CopyX(warp, own_);
+    if constexpr (Floats::kIsCopied) CommitCopies();
+    int current = own_, other = own_ + Floats::kCopy;
     for (int64_t slab = warp; slab < slabs; slab += kWarps) {
       uint4 next[kTilesOut][W::kLoads] = {};
-      if (slab + kWarps < slabs) Load(slab + kWarps, next);
-      Multiply(slab);
+      if (slab + kWarps < slabs) {
+        Load(slab + kWarps, next);
+        CopyX(slab + kWarps, other);
+      }
+      if constexpr (Floats::kIsCopied) {
+        CommitCopies();
+        WaitForCopies<1>();
+        __syncwarp();
+      }
+      Multiply(slab, current);
+      if constexpr (Floats::kIsCopied) __syncwarp();
+      const int done = current;
+      current = other;
+      other = done;
 #pragma unroll
       for (int o = 0; o < kTilesOut; ++o) {
 #pragma unroll
@@ -112,8 +143,8 @@ class Tile {
     }
   }
 
-  // This warp's sums into scratch [kTilesOut * 16, kTilesRows * 8].
-  __device__ void Store(const Shared<float>& scratch, int64_t first) const {
+  // This warp's sums into its own floats, [kTilesOut * 16, kTilesRows * 8].
+  __device__ void Store() const {
     const int g = lane_ / 4, t = lane_ % 4;
 #pragma unroll
     for (int o = 0; o < kTilesOut; ++o) {
@@ -122,7 +153,7 @@ class Tile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int64_t at = (o * 16 + g + i / 2 * 8) * (kTilesRows * 8) + r * 8 + 2 * t + i % 2;
-          scratch[first + at] = high_[o][r][i] + low_[o][r][i];
+          shared_[own_ + at] = high_[o][r][i] + low_[o][r][i];
         }
       }
     }
@@ -140,8 +171,32 @@ class Tile {
     }
   }
 
+  // Where four columns of a copied row lie: eight lanes' accesses meet eight different groups of four banks, both
+  // consecutive ones of one row, as they are copied, and those of every 16 columns of two rows, as they are read.
+  __device__ static int CopyAt(int row, int quad) { return row * kSlab + (quad ^ quad / 8 ^ row % 2 * 2) * 4; }
+
+  __device__ void CopyX(int64_t slab, int to) const {
+    if constexpr (Floats::kIsCopied) {
+#pragma unroll
+      for (int j = 0; j < kTilesRows * 4; ++j) {
+        const int row = j * 2 + lane_ / 16, quad = lane_ % 16;
+        const int64_t k = slab * kSlab + quad * 4;
+        const float* x = task_.x + (row_ + row) * task_.n_in + k;
+        const int64_t left = row_ + row < task_.row_count ? task_.n_in - k : 0;
+        const int at = to + CopyAt(row, quad);
+        if (task_.is_aligned) {
+          shared_.CopyAsync<4>(at, left > 0 ? x : task_.x, left > 0);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) shared_[at + e] = left > e ? x[e] : 0.0f;
+        }
+      }
+    }
+  }
+
   // Columns 16 t + 4 i + {0 .. 3} of the slab, of row g of row tile r.
-  __device__ float4 LoadX(int64_t slab, int i, int r) const {
+  __device__ float4 LoadX(int64_t slab, int copy, int i, int r) const {
+    if constexpr (Floats::kIsCopied) return shared_.Load4(copy + CopyAt(r * 8 + lane_ / 4, lane_ % 4 * 4 + i));
     const int64_t row = row_ + r * 8 + lane_ / 4, k = slab * kSlab + lane_ % 4 * 16 + i * 4;
     if (row >= task_.row_count || k >= task_.n_in) return {0, 0, 0, 0};
     const float* x = task_.x + row * task_.n_in + k;
@@ -153,7 +208,7 @@ class Tile {
     return {x[0], left > 1 ? x[1] : 0, left > 2 ? x[2] : 0, left > 3 ? x[3] : 0};
   }
 
-  __device__ void Multiply(int64_t slab) {
+  __device__ void Multiply(int64_t slab, int copy) {
     Group groups[kTilesOut];
     if constexpr (W::kIsGrouped) {
       if (task_.has_group_per_slab) LoadGroups(slab * kSlab, groups);
@@ -163,7 +218,7 @@ class Tile {
       uint32_t x[kTilesRows][3][2];
 #pragma unroll
       for (int r = 0; r < kTilesRows; ++r) {
-        const float4 values = LoadX(slab, i, r);
+        const float4 values = LoadX(slab, copy, i, r);
         uint32_t first[3], second[3];
         SplitPair(values.x, values.y, first);
         SplitPair(values.z, values.w, second);
@@ -224,7 +279,8 @@ class Tile {
   }
 
   const MatMulTask& task_;
-  const int lane_;
+  const Shared<float>& shared_;
+  const int own_, lane_;
   const int64_t tile_, row_;
   uint4 words_[kTilesOut][W::kLoads];
   float high_[kTilesOut][kTilesRows][4] = {}, low_[kTilesOut][kTilesRows][4] = {};
@@ -232,19 +288,20 @@ class Tile {
 
 template <WeightFormat kFormat, int kTilesOut, int kTilesRows>
 __global__ void __launch_bounds__(kWarps * 32) MatMulKernel(const __grid_constant__ MatMulTask task) {
-  constexpr int kRows = kTilesRows * 8, kOutputs = kTilesOut * 16, kSums = kRows * kOutputs;
-  const Shared<float> sums(0, kWarps * kSums);
+  constexpr int kRows = kTilesRows * 8, kOutputs = kTilesOut * 16;
+  constexpr int kFloats = WarpFloats<kTilesOut, kTilesRows>::kAll;
+  const Shared<float> shared(0, kWarps * kFloats);
   const int warp = threadIdx.x / 32;
-  Tile<kFormat, kTilesOut, kTilesRows> tile(task);
+  Tile<kFormat, kTilesOut, kTilesRows> tile(task, shared, warp * kFloats);
   tile.SumSlabs(warp);
-  tile.Store(sums, warp * kSums);
+  tile.Store();
   __syncthreads();
-  for (int i = threadIdx.x; i < kSums; i += kWarps * 32) {
+  for (int i = threadIdx.x; i < kRows * kOutputs; i += kWarps * 32) {
     const int64_t out = int64_t{blockIdx.x} * kOutputs + i % kOutputs;
     const int64_t row = int64_t{blockIdx.y} * kRows + i / kOutputs;
     if (out >= task.n_out || row >= task.row_count) continue;
     const int at = i % kOutputs * kRows + i / kOutputs;
-    const float sum = (sums[at] + sums[kSums + at]) + (sums[2 * kSums + at] + sums[3 * kSums + at]);
+    const float sum = (shared[at] + shared[kFloats + at]) + (shared[2 * kFloats + at] + shared[3 * kFloats + at]);
     task.y[row * task.n_out + out] = task.bias ? sum + task.bias[out] : sum;
   }
 }
@@ -254,7 +311,7 @@ cudaError_t LaunchTiles(const MatMulTask& task, cudaStream_t stream) {
   constexpr int kRows = kTilesRows * 8, kOutputs = kTilesOut * 16;
   const dim3 grid((task.n_out + kOutputs - 1) / kOutputs, (task.row_count + kRows - 1) / kRows);
   return Launch(MatMulKernel<kFormat, kTilesOut, kTilesRows>, grid, kWarps * 32,
-                int64_t{kWarps} * kRows * kOutputs * sizeof(float), stream, task);
+                int64_t{kWarps} * WarpFloats<kTilesOut, kTilesRows>::kAll * sizeof(float), stream, task);
 }
 
 // Few rows: as many blocks as there are outputs for, each weight read once. Many: tiles that use a weight 32 times.

@@ -26,12 +26,19 @@ struct Touch {
   uint32_t block_epoch = 0, warp_epoch = 0;
 };
 struct WordShadow {
-  bool is_written = false;
+  bool is_written = false, is_on_its_way = false;
   Touch write;
   // The last reader, and the last before it that is another thread. What other threads of the same warp read was no
   // later than those; whether other warps read in the same epoch of the block is kept as well.
   Touch read, earlier_read;
   bool several_warps_read = false;
+};
+
+struct Copy {
+  int64_t word;
+  int count;
+  const void* from;  // null: zeros
+  int group;
 };
 
 struct Thread {
@@ -42,6 +49,8 @@ struct Thread {
   const char* place_file = "";
   int place_line = 0;
   std::string fault;
+  std::vector<Copy> copies;  // on their way, in their order
+  int groups = 0;            // committed
 };
 
 struct Warp {
@@ -81,6 +90,7 @@ void ThreadMain(void* argument) {
   Block& block = ThisBlock();
   try {
     block.body(block.context);
+    if (!thread->copies.empty()) Fault("ends with copies on their way");
   } catch (const KernelFault& fault) {
     thread->fault = fault.cause;
   } catch (const std::exception& error) {
@@ -117,6 +127,8 @@ void StartBlock(Block& block, int64_t shared_bytes) {
     thread.index = {.x = static_cast<unsigned>(i)};
     thread.state = ThreadState::kReady;
     thread.fault.clear();
+    thread.copies.clear();
+    thread.groups = 0;
     thread.fiber.Start(ThreadMain, &thread);
   }
   for (int w = 0; w < block.thread_count / kLanes; ++w) {
@@ -200,6 +212,7 @@ void Race(int64_t word, const char* what, int other) {
 
 void CheckRead(Block& block, int64_t word) {
   WordShadow& shadow = block.shadow[word];
+  if (shadow.is_on_its_way) Fault(absl::StrCat("reads word ", word, " of shared memory, which is on its way"));
   const int self = block.current->number;
   if (!shadow.is_written) Fault(absl::StrCat("reads word ", word, " of shared memory, which nobody wrote"));
   if (!IsBefore(block, shadow.write)) Race(word, "reads", shadow.write.thread);
@@ -215,6 +228,7 @@ void CheckRead(Block& block, int64_t word) {
 
 void CheckWrite(Block& block, int64_t word) {
   WordShadow& shadow = block.shadow[word];
+  if (shadow.is_on_its_way) Fault(absl::StrCat("writes word ", word, " of shared memory, which is on its way"));
   const int self = block.current->number;
   if (shadow.is_written && !IsBefore(block, shadow.write)) Race(word, "overwrites", shadow.write.thread);
   if (shadow.several_warps_read && shadow.read.block_epoch == block.epoch) {
@@ -296,6 +310,31 @@ void Meet(const char* name, const void* in, size_t in_bytes, void* out, size_t o
     Wait(ThreadState::kInMeeting);
   }
   if (out_bytes > 0) std::memcpy(out, warp.meeting.out[lane], out_bytes);
+}
+
+void CopyLater(int64_t word, int count, const void* from) {
+  SharedWords(word, count, Access::kWrite);
+  Block& block = ThisBlock();
+  for (int64_t i = word; i < word + count; ++i) block.shadow[i].is_on_its_way = true;
+  block.current->copies.push_back({word, count, from, block.current->groups});
+}
+
+void CommitCopies() { ++ThisBlock().current->groups; }
+
+void WaitForCopies(int groups_left) {
+  Block& block = ThisBlock();
+  auto& copies = block.current->copies;
+  auto copy = copies.begin();
+  for (; copy != copies.end() && copy->group < block.current->groups - groups_left; ++copy) {
+    for (int64_t i = copy->word; i < copy->word + copy->count; ++i) block.shadow[i].is_on_its_way = false;
+    uint32_t* to = SharedWords(copy->word, copy->count, Access::kWrite);
+    if (copy->from == nullptr) {
+      std::fill_n(to, copy->count, 0);
+    } else {
+      std::memcpy(to, copy->from, copy->count * sizeof(uint32_t));
+    }
+  }
+  copies.erase(copies.begin(), copy);
 }
 
 uint32_t* SharedWords(int64_t word, int count, Access access) {

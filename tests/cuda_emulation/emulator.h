@@ -12,9 +12,10 @@
 //   - reads or writes shared memory outside of what was asked for, or reads a word that no thread of the block wrote;
 //   - reads or writes a word of shared memory that another thread wrote, or writes one that another read, with no
 //     barrier between the two (__syncwarp among threads of one warp, __syncthreads among all);
+//   - reads or writes what a copy is still on its way to, or ends with a copy on its way;
 //   - reaches __syncthreads at different places, or with some threads gone; calls a warp's function with some lanes
 //     elsewhere; or waits for what never comes;
-//   - loads 8 or 16 bytes from an address that is not a multiple of them;
+//   - loads 16 bytes or copies 8 or 16 from an address that is not a multiple of them;
 //   - writes beside an allocation (cudaMalloc) or to one freed lately. AddressSanitizer also sees reads, where it is
 //   on.
 // Threads run in an order drawn for each block from RANKWISE_EMULATION_SEED and the number of the launch, a warp as far
@@ -52,6 +53,12 @@ void Meet(const char* name, const void* in, size_t in_bytes, void* out, size_t o
 // The address of words [word, word + count) of the block's shared memory, if this thread may read or write them now.
 enum class Access { kRead, kWrite };
 uint32_t* SharedWords(int64_t word, int count, Access access);
+
+// The thread's copies of `count` words from global memory, or of zeros from null: they arrive in WaitForCopies(n), all
+// groups but the last n; until then nobody may touch where they go, nor may the thread end.
+void CopyLater(int64_t word, int count, const void* from);
+void CommitCopies();
+void WaitForCopies(int groups_left);
 
 // high += a[0] b[0], low += the other products of terms: one step of the tensor core, which adds eight products and the
 // sum exactly and cuts the result off to f32.

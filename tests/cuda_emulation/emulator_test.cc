@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -13,10 +14,12 @@
 namespace rankwise::cuda_emulation {
 namespace {
 
+using kernels::cuda::CommitCopies;
 using kernels::cuda::Launch;
 using kernels::cuda::Load16;
 using kernels::cuda::MultiplyTerms;
 using kernels::cuda::Shared;
+using kernels::cuda::WaitForCopies;
 using ::testing::HasSubstr;
 
 constexpr unsigned kAll = 0xffffffff;
@@ -26,10 +29,10 @@ class EmulatorTest : public ::testing::Test {
   void SetUp() override { ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess); }
   void TearDown() override { cudaStreamDestroy(stream_); }
 
-  // "" or the fault, of two blocks with 64 bytes of shared memory for each warp.
+  // "" or the fault, of two blocks with 16 bytes of shared memory for each thread.
   template <typename... Parameters, typename... Arguments>
   std::string Run(void (*kernel)(Parameters...), int threads, Arguments... arguments) {
-    const cudaError_t error = Launch(kernel, dim3(2), threads, threads * 4, stream_, arguments...);
+    const cudaError_t error = Launch(kernel, dim3(2), threads, threads * 16, stream_, arguments...);
     return error == cudaSuccess ? "" : cudaGetErrorString(error);
   }
 
@@ -174,6 +177,53 @@ TEST_F(EmulatorTest, RefusesTheDefaultStreamAndWhatNoGpuLaunches) {
   EXPECT_NE(Launch(SomeLeave, dim3(1), 33, 0, stream_), cudaSuccess);
   EXPECT_NE(Launch(SomeLeave, dim3(1), 2048, 0, stream_), cudaSuccess);
   EXPECT_NE(Launch(SomeLeave, dim3(1), 32, 200 << 10, stream_), cudaSuccess);
+}
+
+// Two groups of copies of this warp's numbers, each thread's four; the second group is zeros. A thread then reads what
+// its neighbour copied.
+__global__ void CopyTwice(const int* from, int* out, int groups_left, bool has_barrier) {
+  const Shared<int> words(0, 64);
+  const int i = threadIdx.x % 8 * 4;
+  if (threadIdx.x < 8) words.CopyAsync<4>(i, from + i, true);
+  CommitCopies();
+  if (threadIdx.x < 8) words.CopyAsync<4>(32 + i, nullptr, false);
+  CommitCopies();
+  groups_left == 1 ? WaitForCopies<1>() : WaitForCopies<0>();
+  if (has_barrier) __syncwarp();
+  out[threadIdx.x] = words[threadIdx.x ^ 4];
+  WaitForCopies<0>();
+  if (has_barrier) __syncwarp();
+  out[32 + threadIdx.x] = words[32 + (threadIdx.x ^ 4)];
+}
+__global__ void NeverWait(const int* from) { Shared<int>(0, 128).CopyAsync<4>(threadIdx.x * 4, from, true); }
+__global__ void CopyAndTouch(const int* from, int* out, bool reads) {
+  const Shared<int> words(0, 128);
+  const int i = threadIdx.x * 4;
+  words.CopyAsync<4>(i, from, true);
+  CommitCopies();
+  WaitForCopies<1>();  // all but this very group
+  if (reads) {
+    out[threadIdx.x] = words[i];
+  } else {
+    words[i] = 1;
+  }
+  WaitForCopies<0>();
+}
+
+TEST_F(EmulatorTest, CopiesArriveWhereTheyAreWaitedFor) {
+  alignas(16) int from[36];
+  std::iota(from, from + 36, 100);
+  std::vector<int> out(64);
+  for (const int left : {0, 1}) {
+    EXPECT_EQ(Run(CopyTwice, 32, from, out.data(), left, true), "");
+    for (int i = 0; i < 32; ++i) EXPECT_EQ(out[i], 100 + (i ^ 4)) << i;
+    EXPECT_EQ(out[40], 0);
+  }
+  EXPECT_NE(Run(CopyTwice, 32, from, out.data(), 0, false), "");
+  EXPECT_THAT(Run(CopyTwice, 32, from + 1, out.data(), 0, true), HasSubstr("copies words from between"));
+  EXPECT_THAT(Run(NeverWait, 32, from), HasSubstr("ends with copies on their way"));
+  EXPECT_THAT(Run(CopyAndTouch, 32, from, out.data(), true), HasSubstr("reads word"));
+  EXPECT_THAT(Run(CopyAndTouch, 32, from, out.data(), false), HasSubstr("which is on its way"));
 }
 
 // a [16, 16] times b [16, 8], both of small integers, which bf16 holds: one term, and a second that is an eighth.

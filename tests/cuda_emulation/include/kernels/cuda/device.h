@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "tests/cuda_emulation/emulator.h"
 
@@ -57,8 +58,16 @@ class Shared {
     if (offset % 16 != 0) cuda_emulation::Fault("takes shared memory at no multiple of 16 bytes");
   }
   SharedWord<T> operator[](int64_t i) const { return SharedWord<T>(At(i, 1)); }
-  float4 Load4(int64_t i) const { return Load<float4>(i, 4); }
+  using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint4>;
+  Four Load4(int64_t i) const { return Load<Four>(i, 4); }
   uint2 Load2(int64_t i) const { return Load<uint2>(i, 2); }
+  template <int kCount>
+  void CopyAsync(int64_t i, const void* from, bool is_there) const {
+    if (reinterpret_cast<uintptr_t>(from) % (kCount * 4) != 0) {
+      cuda_emulation::Fault("copies words from between their places in global memory");
+    }
+    cuda_emulation::CopyLater(At(i, kCount), kCount, is_there ? from : nullptr);
+  }
 
  private:
   int64_t At(int64_t i, int count) const {
@@ -76,17 +85,20 @@ class Shared {
   const int64_t first_, count_;
 };
 
-template <typename Words>
-Words LoadAligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(Words) != 0) {
+inline void CommitCopies() { cuda_emulation::CommitCopies(); }
+template <int kLeft>
+void WaitForCopies() {
+  cuda_emulation::WaitForCopies(kLeft);
+}
+
+inline uint4 Load16(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(uint4) != 0) {
     cuda_emulation::Fault("loads words from between their places in global memory");
   }
-  Words words;
+  uint4 words;
   std::memcpy(&words, p, sizeof(words));
   return words;
 }
-inline uint4 Load16(const void* p) { return LoadAligned<uint4>(p); }
-inline uint2 Load8(const void* p) { return LoadAligned<uint2>(p); }
 
 template <int kTermsA, int kTermsB>
 void MultiplyTerms(float (&high)[4], float (&low)[4], const uint32_t (&a)[kTermsA][4],
