@@ -74,17 +74,17 @@ struct SumTree {
 // What inputs of matrices are multiplied as. kFloat: f32, exact products. kInt8, of quantised weights: quantised
 // themselves, row by row in groups of at most 128 columns that no chunk and no group of weights share
 // (kernels/activation_groups.h). kBF16, of f16 and bf16 weights: rounded to bf16, half to even, as f16 weights are when
-// they are packed; the chains are those of kFloat, with denormals taken for zeros at each fma. Both are faster and less
-// exact, and within their arithmetic as invariant as kFloat, which other matrices keep; but kBF16 refuses quantised
-// ones.
+// they are packed; the chains are those of kFloat, on the CPU with denormals taken for zeros at each fma. Both are
+// faster and less exact, and within their arithmetic as invariant as kFloat, which other matrices keep; but kBF16
+// refuses quantised ones. The CUDA backend has no kInt8.
 enum class Activations : uint8_t { kFloat, kInt8, kBF16 };
 const char* ActivationsName(Activations activations);
 // For flags.
 std::map<std::string, Activations> ActivationsByName();
 inline constexpr char kActivationsHelp[] =
-    "What weights are multiplied with, on the CPU: float; or int8, of quantised weights, or bf16, of f16 and bf16 "
-    "weights, which are faster in prefill and batches and less exact. bf16 makes bf16 of f16 weights, too: 8 bits of "
-    "their 11";
+    "What weights are multiplied with: float; or int8, of quantised weights and on the CPU alone, or bf16, of f16 and "
+    "bf16 weights, which are faster in prefill and batches and less exact. bf16 makes bf16 of f16 weights, too: 8 bits "
+    "of their 11";
 
 // Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
 class PackedMatrix {

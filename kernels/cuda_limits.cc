@@ -132,7 +132,8 @@ absl::StatusOr<MachineLimits> Measure(int gpu) {
   RW_CUDA(cudaSetDevice(gpu));
   MachineLimits limits;
   RW_ASSIGN_OR_RETURN(limits.read_bytes_per_second, CopyBytesPerSecond());
-  RW_ASSIGN_OR_RETURN(limits.fma_flops_per_second, MatMulFlopsPerSecond());
+  RW_ASSIGN_OR_RETURN(limits.bf16_flops_per_second, MatMulFlopsPerSecond());
+  limits.fma_flops_per_second = limits.bf16_flops_per_second;
   return limits;
 }
 

@@ -29,7 +29,7 @@ struct CudaPlugin {
   const char* build = nullptr;  // CudaPluginBuild() of the program it was built with
   // The GPUs this process may use, in their order; never empty. Unavailable without a driver or a GPU.
   absl::StatusOr<std::vector<Gpu>> (*list_gpus)() = nullptr;
-  absl::StatusOr<std::unique_ptr<Backend>> (*create_backend)(int gpu) = nullptr;
+  absl::StatusOr<std::unique_ptr<Backend>> (*create_backend)(int gpu, Activations activations) = nullptr;
   // The cudaStream_t on which a backend of create_backend works.
   void* (*stream)(Backend& backend) = nullptr;
 };

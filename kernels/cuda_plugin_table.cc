@@ -54,7 +54,8 @@ extern "C" const CudaPlugin rankwise_cuda_plugin;
 const CudaPlugin rankwise_cuda_plugin = {
     .build = CudaPluginBuild(),
     .list_gpus = ListGpus,
-    .create_backend = [](int gpu) { return CreateCudaBackend({.device = gpu}); },
+    .create_backend =
+        [](int gpu, Activations activations) { return CreateCudaBackend({.device = gpu, .activations = activations}); },
     .stream = [](Backend& backend) { return CudaStreamOf(backend); },
 };
 

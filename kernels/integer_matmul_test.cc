@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 
-#include "base/check.h"
 #include "kernels/activation_groups.h"
 #include "kernels/matmul_contract.h"
 #include "kernels/number_formats.h"
@@ -15,10 +14,7 @@ namespace rankwise::kernels {
 namespace {
 
 std::unique_ptr<Backend> MakeInt8Backend(const std::string& name, int threads = 1) {
-  auto backend = CreateCpuBackend(
-      {.threads = threads, .pin_threads = false, .instruction_set = name, .activations = Activations::kInt8});
-  RW_CHECK(backend.ok(), std::string(backend.status().message()));
-  return *std::move(backend);
+  return MakeBackend(name, threads, Activations::kInt8);
 }
 
 // By the words of kernels/activation_groups.h.

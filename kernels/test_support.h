@@ -16,8 +16,10 @@ namespace rankwise::kernels {
 // What the suites are run on, by name. kernels/test_backends.cc offers the instruction sets of the CPU backend that
 // this machine can run, tests/gpu/test_backends.cc the CUDA backend, on a GPU or on the emulator.
 std::vector<std::string> InstructionSets();
-std::vector<std::string> BackendNames();  // and "reference"
-std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads = 1);
+std::vector<std::string> BackendNames();      // and "reference"
+std::vector<std::string> BFloat16Products();  // names, too: a CPU may have several ways to multiply Activations::kBF16
+std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads = 1,
+                                     Activations activations = Activations::kFloat);
 std::vector<int> TeamSizes();
 // Longer contexts are left out where they would take minutes.
 int32_t LongestTestContext();

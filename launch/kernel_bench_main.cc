@@ -328,7 +328,7 @@ absl::Status Measure(const Flags& flags, BenchRecord& record) {
     return absl::InvalidArgumentError(absl::StrFormat("--gpu %d, but there are %d", flags.gpu, gpus.size()));
   }
   RW_ASSIGN_OR_RETURN(const MachineLimits limits, MeasureCudaLimits(ProgramFolder(), flags.gpu));
-  RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, plugin->create_backend(flags.gpu));
+  RW_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, plugin->create_backend(flags.gpu, Activations::kFloat));
   begin(absl::StrFormat("%s; %s; limits: a copy of 2 GiB, a bf16 matmul of 8192 cubed", Describe(gpus[flags.gpu]),
                         backend->Description()));
   RunCuda({*backend, [&] { return limits; }, record.figures, is_quiet}, gpus[flags.gpu]);

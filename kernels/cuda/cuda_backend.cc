@@ -50,9 +50,11 @@ class CudaBackend : public Backend {
       : device_(options.device),
         records_steps_(options.records_steps),
         looks_up_drawn_(options.looks_up_drawn),
+        activations_(options.activations),
         multiprocessors_(properties.multiProcessorCount),
         description_(absl::StrCat("cuda ", options.device, ": ", properties.name, ", sm_", properties.major,
-                                  properties.minor, ", ", properties.multiProcessorCount, " multiprocessors")),
+                                  properties.minor, ", ", properties.multiProcessorCount, " multiprocessors",
+                                  activations_ == Activations::kBF16 ? ", bf16 by tensor cores" : "")),
         stream_(std::move(stream)),
         team_(ThreadTeam::AllowedCpuCount(), /*pin_threads=*/false) {}
   ~CudaBackend() override { cudaSetDevice(device_); }
@@ -81,7 +83,7 @@ class CudaBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> blocks, const SumTree& tree) override {
     RW_RETURN_IF_ERROR(Use());
-    return CudaMatrix::Create(blocks, tree, team_, stream());
+    return CudaMatrix::Create(blocks, tree, activations_, team_, stream());
   }
   int64_t KvBlockBytes(const KvShape& shape) const override {
     return int64_t{shape.n_layers} * shape.n_kv_heads_local *
@@ -181,6 +183,7 @@ class CudaBackend : public Backend {
 
   const int device_;
   const bool records_steps_, looks_up_drawn_;
+  const Activations activations_;
   const int64_t multiprocessors_;
   const std::string description_;
   const Stream stream_;
@@ -631,6 +634,9 @@ absl::Status CudaBackend::IssueDraw(int32_t* ids, const float* logits, std::span
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& options) {
+  if (options.activations == Activations::kInt8) {
+    return absl::InvalidArgumentError("activations int8 are of the CPU backend");
+  }
   int count = 0;
   RW_CUDA(cudaGetDeviceCount(&count));
   if (options.device < 0 || options.device >= count) {

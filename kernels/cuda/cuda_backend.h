@@ -17,7 +17,8 @@
 // of sums is the same with and without.
 //
 // Numbers: products and sums are as exact as in f32 (kernels/cuda/matmul.cu and attention.cu derive their bounds), and
-// a row's bits depend on that row alone, whatever shares its step. K of a product is summed in a fixed order of its
+// a row's bits depend on that row alone, whatever shares its step. With Activations::kBF16 the factors are rounded to
+// bf16 first, and the rest of this holds for their products. K of a product is summed in a fixed order of its
 // own, not by SumTree, so degrees of tensor parallelism agree within the bound and not in every bit.
 namespace rankwise::kernels {
 
@@ -25,10 +26,11 @@ struct CudaOptions {
   int device = 0;              // as cudaSetDevice counts
   bool records_steps = true;   // as CUDA graphs (Backend::Repeat)
   bool looks_up_drawn = true;  // tokens that it drew itself (Backend::CreateDrawnTokens)
+  Activations activations = Activations::kFloat;
 };
 
-// Unavailable without a driver or GPU, InvalidArgument for a device that is not there, FailedPrecondition for a GPU
-// older than sm_80. The message names the call that failed.
+// Unavailable without a driver or GPU, InvalidArgument for a device that is not there or kInt8, FailedPrecondition for
+// a GPU older than sm_80. The message names the call that failed.
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& options);
 
 // The cudaStream_t on which a backend of CreateCudaBackend issues everything, for a communicator to issue its own

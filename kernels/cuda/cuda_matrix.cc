@@ -41,8 +41,8 @@ SourceRow FindRow(std::span<const MatrixView> blocks, int64_t row) {
   return {};
 }
 
-// The bits of a weight as they are packed.
-uint32_t PackedBits(const SourceRow& from, int64_t column, DType dtype) {
+// The bits of a weight as they are packed: of `dtype`, but for f16 that is to be multiplied as bf16.
+uint32_t PackedBits(const SourceRow& from, int64_t column, DType dtype, Activations activations) {
   const MatrixView& block = *from.block;
   if (IsGrouped(dtype)) {
     return GroupedValue(*block.grouped, block.grouped->qweight, block.col_begin + column, block.row_begin + from.row);
@@ -50,11 +50,11 @@ uint32_t PackedBits(const SourceRow& from, int64_t column, DType dtype) {
   if (dtype == DType::kF32) return std::bit_cast<uint32_t>(ElementAt(block, from.row, column));
   uint16_t bits;
   std::memcpy(&bits, block.data + (from.row * block.row_stride + column) * 2, sizeof(bits));
-  return bits;
+  return dtype == DType::kF16 && activations == Activations::kBF16 ? HalfToBFloat16(bits) : bits;
 }
 
 // Sixteen outputs: [slabs][loads][lanes][16 bytes], as matmul.cu's Stored says.
-void PackTile(std::span<const SourceRow> rows, const PackedShape& shape, std::byte* tile) {
+void PackTile(std::span<const SourceRow> rows, const PackedShape& shape, Activations activations, std::byte* tile) {
   const int bits = BitsOf(shape.dtype), per_word = 128 / bits;
   for (int64_t slab = 0; slab * kSlab < shape.n_in; ++slab) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -63,7 +63,7 @@ void PackTile(std::span<const SourceRow> rows, const PackedShape& shape, std::by
         const SourceRow& from = rows[lane / 4 + e / 2 % 2 * 8];
         const int64_t column = slab * kSlab + lane % 4 * 16 + step * 4 + e / 4 * 2 + e % 2;
         if (from.block == nullptr || column >= shape.n_in) continue;
-        const uint32_t value = PackedBits(from, column, shape.dtype);
+        const uint32_t value = PackedBits(from, column, shape.dtype, activations);
         const int64_t bit =
             (((slab * (kLaneValues / per_word) + i / per_word) * kLanes + lane) * 128) + int64_t{i % per_word} * bits;
         std::byte* to = tile + bit / 8;
@@ -92,9 +92,11 @@ int64_t CudaMatrix::group_count() const {
 int64_t CudaMatrix::bytes() const { return weight_bytes() + group_count() * padded_out() * 3; }
 
 absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(std::span<const MatrixView> blocks, const SumTree& tree,
-                                                               ThreadTeam& team, cudaStream_t stream) {
+                                                               Activations activations, ThreadTeam& team,
+                                                               cudaStream_t stream) {
   RW_ASSIGN_OR_RETURN(const PackedShape shape, CheckPack(blocks, tree));
-  std::unique_ptr<CudaMatrix> matrix(new CudaMatrix(shape));
+  RW_ASSIGN_OR_RETURN(const Activations own, ActivationsOf(shape, activations));
+  std::unique_ptr<CudaMatrix> matrix(new CudaMatrix(shape, own));
   const int64_t tiles = matrix->padded_out() / kTileOutputs, tile_bytes = matrix->weight_bytes() / tiles;
   const int64_t groups = matrix->group_count(), padded_out = matrix->padded_out();
   std::vector<std::byte> weights(matrix->weight_bytes());
@@ -103,7 +105,7 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(std::span<const M
   team.For(tiles, [&](int64_t tile, int) {
     SourceRow rows[kTileOutputs];
     for (int i = 0; i < kTileOutputs; ++i) rows[i] = FindRow(blocks, tile * kTileOutputs + i);
-    PackTile(rows, shape, weights.data() + tile * tile_bytes);
+    PackTile(rows, shape, own, weights.data() + tile * tile_bytes);
     for (int64_t group = 0; group < groups; ++group) {
       for (int i = 0; i < kTileOutputs; ++i) {
         if (rows[i].block == nullptr) continue;

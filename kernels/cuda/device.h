@@ -71,6 +71,13 @@ __device__ inline void WaitForCopies() {
 // 16 bytes of global memory that no kernel writes while this one runs, past the first-level cache's needs.
 __device__ inline uint4 Load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 
+// Two floats rounded to bf16, half to even: x in the lower half.
+__device__ inline uint32_t RoundPair(float x, float y) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+}
+
 // high += a[0] · b[0], low += Σ a[i] · b[j] of all others, in this order, for a [16, 16] and b [16, 8] given as terms
 // in bf16, each product exact. Fragments as mma.m16n8k16 has them (PTX ISA, "Matrix Fragments for mma.m16n8k16"): with
 // g = lane / 4, t = lane % 4,

@@ -51,7 +51,8 @@ struct DrawTask {
 };
 cudaError_t Draw(const DrawTask& task, cudaStream_t stream);
 
-enum class WeightFormat : uint8_t { kF32, kF16, kBF16, kInt4, kInt8 };  // in the order of DType
+// In the order of DType; and bf16 whose x is rounded to bf16, too.
+enum class WeightFormat : uint8_t { kF32, kF16, kBF16, kInt4, kInt8, kBF16OfBF16 };
 
 // y [row_count, n_out] = x [row_count, n_in] · Wᵀ + bias (bias may be null).
 //   weights [padded_out / 16, slabs of 64 columns, loads, 32 lanes, 16 bytes]: what each lane of matmul.cu's Stored

@@ -31,18 +31,6 @@ __device__ inline bool MakeFinite(float& x) {
   return false;
 }
 
-template <int kTerms>
-__device__ inline void QuadToPairs(const float4& x, uint32_t (&terms)[kTerms][2]) {
-  uint32_t first[kTerms], second[kTerms];
-  SplitPair(x.x, x.y, first);
-  SplitPair(x.z, x.w, second);
-#pragma unroll
-  for (int i = 0; i < kTerms; ++i) {
-    terms[i][0] = first[i];
-    terms[i][1] = second[i];
-  }
-}
-
 // Words of 16 bytes, as many as 16 values have.
 template <int kCount>
 struct Words16 {

@@ -7,8 +7,9 @@ namespace {
 
 // y = x Wᵀ + bias on tensor cores, as exact as in f32.
 //   Every factor is a sum of terms in bf16 of eight bits each (x three; W as many as its format needs, Stored::kTerms),
-//   so that products of terms are exact and only their sums are rounded. Products of first terms and all others have
-//   sums of their own, for the small ones not to be cut off by the large ones.
+//   so that products of terms are exact and only their sums are rounded. Of kBF16OfBF16 x is rounded to one term first.
+//   Products of first terms and all others have sums of their own, for the small ones not to be cut off by the large
+//   ones.
 // Order    K is cut into slabs of 64; warp w of 4 adds up slabs w, w + 4, ... in their order, 16 at a time as the
 //          tensor core does; then high + low, and ((w0 + w1) + (w2 + w3)) + bias. None of it depends on the other rows
 //          or on the tile's shape, and W's format matters only by its values: terms that are zero add nothing.
@@ -40,7 +41,7 @@ template <WeightFormat kFormat>
 struct Stored;
 template <>
 struct Stored<WeightFormat::kF32> {
-  static constexpr int kLoads = 8, kTerms = 3;
+  static constexpr int kLoads = 8, kTerms = 3, kInputTerms = 3;
   static constexpr bool kIsGrouped = false;
   __device__ static void Terms(const uint4 (&words)[kLoads], int i, int pair, uint32_t (&terms)[kTerms]) {
     const uint4& w = words[2 * i + pair / 2];
@@ -49,7 +50,7 @@ struct Stored<WeightFormat::kF32> {
 };
 template <>
 struct Stored<WeightFormat::kF16> {
-  static constexpr int kLoads = 4, kTerms = 2;
+  static constexpr int kLoads = 4, kTerms = 2, kInputTerms = 3;
   static constexpr bool kIsGrouped = false;
   __device__ static void Terms(const uint4 (&words)[kLoads], int i, int pair, uint32_t (&terms)[kTerms]) {
     const uint32_t w = Word(words[i], pair);
@@ -58,16 +59,20 @@ struct Stored<WeightFormat::kF16> {
 };
 template <>
 struct Stored<WeightFormat::kBF16> {
-  static constexpr int kLoads = 4, kTerms = 1;
+  static constexpr int kLoads = 4, kTerms = 1, kInputTerms = 3;
   static constexpr bool kIsGrouped = false;
   __device__ static void Terms(const uint4 (&words)[kLoads], int i, int pair, uint32_t (&terms)[kTerms]) {
     terms[0] = Word(words[i], pair);
   }
 };
+template <>
+struct Stored<WeightFormat::kBF16OfBF16> : Stored<WeightFormat::kBF16> {
+  static constexpr int kInputTerms = 1;
+};
 // (q - zero) scale is exact in f32: 4 + 1 + 11 bits, or 8 + 1 + 11.
 template <>
 struct Stored<WeightFormat::kInt8> {
-  static constexpr int kLoads = 2, kTerms = 3;
+  static constexpr int kLoads = 2, kTerms = 3, kInputTerms = 3;
   static constexpr bool kIsGrouped = true;
   __device__ static uint32_t Value(const uint4 (&words)[kLoads], int i, int e) {
     return Word(words[i / 2], i % 2 * 2 + e / 4) >> (e % 4 * 8) & 0xff;
@@ -75,7 +80,7 @@ struct Stored<WeightFormat::kInt8> {
 };
 template <>
 struct Stored<WeightFormat::kInt4> {
-  static constexpr int kLoads = 1, kTerms = 2;
+  static constexpr int kLoads = 1, kTerms = 2, kInputTerms = 3;
   static constexpr bool kIsGrouped = true;
   __device__ static uint32_t Value(const uint4 (&words)[kLoads], int i, int e) {
     return Word(words[0], i) >> (e * 4) & 0xf;
@@ -215,17 +220,15 @@ class Tile {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t x[kTilesRows][3][2];
+      uint32_t x[kTilesRows][W::kInputTerms][2];
 #pragma unroll
       for (int r = 0; r < kTilesRows; ++r) {
         const float4 values = LoadX(slab, copy, i, r);
-        uint32_t first[3], second[3];
-        SplitPair(values.x, values.y, first);
-        SplitPair(values.z, values.w, second);
-#pragma unroll
-        for (int term = 0; term < 3; ++term) {
-          x[r][term][0] = first[term];
-          x[r][term][1] = second[term];
+        if constexpr (W::kInputTerms == 1) {
+          x[r][0][0] = RoundPair(values.x, values.y);
+          x[r][0][1] = RoundPair(values.z, values.w);
+        } else {
+          QuadToPairs(values, x[r]);
         }
       }
 #pragma unroll
@@ -337,6 +340,8 @@ cudaError_t MatMul(const MatMulTask& task, WeightFormat format, cudaStream_t str
       return LaunchFormat<WeightFormat::kInt4>(task, stream);
     case WeightFormat::kInt8:
       return LaunchFormat<WeightFormat::kInt8>(task, stream);
+    case WeightFormat::kBF16OfBF16:
+      return LaunchFormat<WeightFormat::kBF16OfBF16>(task, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -52,4 +52,16 @@ __device__ inline void SplitPair(float x0, float x1, uint32_t (&terms)[kTerms]) 
   }
 }
 
+template <int kTerms>
+__device__ inline void QuadToPairs(const float4& x, uint32_t (&terms)[kTerms][2]) {
+  uint32_t first[kTerms], second[kTerms];
+  SplitPair(x.x, x.y, first);
+  SplitPair(x.z, x.w, second);
+#pragma unroll
+  for (int i = 0; i < kTerms; ++i) {
+    terms[i][0] = first[i];
+    terms[i][1] = second[i];
+  }
+}
+
 }  // namespace rankwise::kernels::cuda

@@ -28,9 +28,9 @@ engine::RankOptions DemoOptions(const std::string& kv) {
   return options;
 }
 
-std::unique_ptr<ThreadGroup> StartOnCuda(const engine::RankOptions& options, int tp, bool records_steps = true) {
-  auto group = ThreadGroup::Start(
-      options, tp, [records_steps](int) { return kernels::CreateCudaBackend({.records_steps = records_steps}); });
+std::unique_ptr<ThreadGroup> StartOnCuda(const engine::RankOptions& options, int tp,
+                                         const kernels::CudaOptions& cuda = {}) {
+  auto group = ThreadGroup::Start(options, tp, [&cuda](int) { return kernels::CreateCudaBackend(cuda); });
   RW_CHECK(group.ok(), group.status().ToString());
   return *std::move(group);
 }
@@ -89,15 +89,29 @@ TEST_P(CudaWorkerTest, GeneratesWhatTheCpuDoesAtTp1And2) {
 }
 
 // Whatever shares a step, and however a prompt is cut into chunks.
-class CudaWorkerBatchTest : public CudaWorkerTest {};
-TEST_P(CudaWorkerBatchTest, AloneOrInABatchIsTheSameToTheBit) {
-  const auto batched = OnCuda(1);
-  auto options = Options(1);
-  options.max_chunk_rows = 7;
-  const auto group = StartOnCuda(options, 1);
-  for (const Request& request : Requests()) {
-    EXPECT_EQ(RunAlone(group->engine(), request), batched.at(request.id));
+class CudaWorkerBatchTest : public CudaWorkerTest {
+ protected:
+  void ExpectAloneIsAsInABatch(const kernels::CudaOptions& cuda) const {
+    const auto batched = RunAll(StartOnCuda(Options(1), 1, cuda)->engine(), Requests());
+    auto options = Options(1);
+    options.max_chunk_rows = 7;
+    const auto group = StartOnCuda(options, 1, cuda);
+    EXPECT_EQ(group->rank().decoder->activations(), cuda.activations);
+    for (const Request& request : Requests()) {
+      EXPECT_EQ(RunAlone(group->engine(), request), batched.at(request.id));
+    }
   }
+};
+TEST_P(CudaWorkerBatchTest, AloneOrInABatchIsTheSameToTheBit) { ExpectAloneIsAsInABatch({}); }
+
+class CudaBFloat16Test : public CudaWorkerBatchTest {};
+TEST_P(CudaBFloat16Test, AloneOrInABatchIsTheSameToTheBit) {
+  ExpectAloneIsAsInABatch({.activations = kernels::Activations::kBF16});
+}
+
+TEST(CudaBackendTest, HasNoInt8Activations) {
+  EXPECT_EQ(kernels::CreateCudaBackend({.activations = kernels::Activations::kInt8}).status(),
+            absl::InvalidArgumentError("activations int8 are of the CPU backend"));
 }
 
 // Without log-probabilities the GPU draws, and tokens alone come to the host: the same ones.
@@ -163,7 +177,7 @@ TEST(CudaGraphTest, RecordedOrIssuedIsTheSameToTheBit) {
   std::map<SequenceId, Result> results[2];
   int64_t launches[2];
   for (const bool records : {false, true}) {
-    const auto group = StartOnCuda(DemoOptions("int8-online"), 1, records);
+    const auto group = StartOnCuda(DemoOptions("int8-online"), 1, {.records_steps = records});
     const int64_t before = cuda_emulation::GraphLaunches();
     results[records] = RunAll(group->engine(), requests);
     launches[records] = cuda_emulation::GraphLaunches() - before;
@@ -210,6 +224,7 @@ INSTANTIATE_TEST_SUITE_P(KvFormats, CudaWorkerTest,
                                            "int4-online"),
                          NameOf);
 INSTANTIATE_TEST_SUITE_P(KvFormats, CudaWorkerBatchTest, ::testing::Values("f16", "int8", "int4-online"), NameOf);
+INSTANTIATE_TEST_SUITE_P(KvFormats, CudaBFloat16Test, ::testing::Values("f16"), NameOf);
 
 }  // namespace
 }  // namespace rankwise::testing

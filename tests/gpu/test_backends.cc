@@ -8,10 +8,11 @@ namespace rankwise::kernels {
 // The CUDA backend of librankwise_cuda's sources, or of their emulation: whichever is linked.
 std::vector<std::string> InstructionSets() { return {"cuda"}; }
 std::vector<std::string> BackendNames() { return {"cuda"}; }
+std::vector<std::string> BFloat16Products() { return {"cuda"}; }
 
-std::unique_ptr<Backend> MakeBackend(const std::string& name, int) {
-  if (name == "reference") return CreateReferenceBackend();
-  auto backend = CreateCudaBackend({});
+std::unique_ptr<Backend> MakeBackend(const std::string& name, int, Activations activations) {
+  if (name == "reference") return CreateReferenceBackend(activations);
+  auto backend = CreateCudaBackend({.activations = activations});
   RW_CHECK(backend.ok(), std::string(backend.status().message()));
   return MakeDeviceCopies(*std::move(backend));
 }

@@ -34,9 +34,8 @@ struct OwnGpu {
 };
 
 absl::StatusOr<OwnGpu> FindGpu(const DeviceOptions& options) {
-  if (options.cpu.activations != kernels::Activations::kFloat) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--activations ", kernels::ActivationsName(options.cpu.activations), " is of the CPU backend"));
+  if (options.cpu.activations == kernels::Activations::kInt8) {
+    return absl::InvalidArgumentError("--activations int8 is of the CPU backend");
   }
   OwnGpu own;
   RW_ASSIGN_OR_RETURN(own.plugin, kernels::OpenCudaPlugin(options.plugin_folder));
@@ -62,7 +61,8 @@ absl::StatusOr<Device> OpenCuda(const DeviceOptions& options, comm::Communicator
   RW_RETURN_IF_ERROR(CheckDistinctGpus(uuids, options.is_gpu_sharing_allowed));
 
   Device device;
-  absl::StatusOr<std::unique_ptr<kernels::Backend>> backend = own->plugin->create_backend(own->gpu.index);
+  absl::StatusOr<std::unique_ptr<kernels::Backend>> backend =
+      own->plugin->create_backend(own->gpu.index, options.cpu.activations);
   RW_RETURN_IF_ERROR(Agree(backend.status(), host, options.timeout));
   device.backend = *std::move(backend);
   device.gpu = own->gpu.index;

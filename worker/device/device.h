@@ -16,8 +16,8 @@ struct DeviceOptions {
   std::string device = "auto";  // cpu, cuda, or auto: cuda where every rank can, else cpu
   bool is_gpu_sharing_allowed = false;
   std::string plugin_folder = ProgramFolder();
-  int mpi_host_rank = 0;  // this rank's position on its host, as far as MPI knows
-  kernels::CpuOptions cpu;
+  int mpi_host_rank = 0;                       // this rank's position on its host, as far as MPI knows
+  kernels::CpuOptions cpu;                     // whose activations are those of a GPU, too
   absl::Duration timeout = absl::Seconds(60);  // for each wait for another rank
 };
 

@@ -81,6 +81,7 @@ class LoggedText {
 struct RankResult {
   absl::Status status = absl::UnknownError("not called");
   std::string backend, communicator;
+  kernels::Activations activations = kernels::Activations::kFloat;  // of a matrix of bf16
 };
 
 // OpenDevice on `size` ranks of one host, with GPUs of these names to be seen.
@@ -101,6 +102,9 @@ std::vector<RankResult> Open(int size, const std::string& gpus, const DeviceOpti
         if (!device.ok()) return;
         results[rank].backend = device->backend->Description();
         results[rank].communicator = device->communicator(*hosts[rank]).Description();
+        constexpr uint16_t kOne = 0x3f80;
+        const kernels::MatrixView one{reinterpret_cast<const std::byte*>(&kOne), kernels::DType::kBF16, 1, 1, 1};
+        results[rank].activations = device->backend->Pack(std::span(&one, 1), {{0, 1}}).value()->activations();
       });
     }
   }
@@ -153,6 +157,21 @@ TEST(DeviceTest, Int8ActivationsAreOfTheCpu) {
     EXPECT_THAT(rank.backend, HasSubstr("integers by "));
   }
   EXPECT_THAT(log.text(), HasSubstr("--device auto takes the CPU: --activations int8 is of the CPU backend"));
+}
+
+TEST(DeviceTest, BFloat16ActivationsAreOfBothKinds) {
+  PluginFolder folder("bf16");
+  folder.With(kFakeCuda, kernels::kCudaPluginFile).With(kFakeNccl, kNcclPluginFile);
+  for (const char* name : {"cpu", "cuda"}) {
+    DeviceOptions options{.device = name, .plugin_folder = folder.path()};
+    for (const auto activations : {kernels::Activations::kFloat, kernels::Activations::kBF16}) {
+      options.cpu.activations = activations;
+      for (const RankResult& rank : Open(2, "a,b", options)) {
+        EXPECT_EQ(rank.status, absl::OkStatus());
+        EXPECT_EQ(rank.activations, activations) << name;
+      }
+    }
+  }
 }
 
 TEST(DeviceTest, AnUnknownDeviceIsRefused) {

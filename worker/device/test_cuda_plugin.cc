@@ -31,9 +31,9 @@ absl::StatusOr<std::vector<Gpu>> ListGpus() {
   return gpus;
 }
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(int gpu) {
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(int gpu, Activations activations) {
   if (Names()[gpu] == "broken") return absl::InternalError("out of order");
-  return CreateReferenceBackend();
+  return CreateReferenceBackend(activations);
 }
 
 }  // namespace

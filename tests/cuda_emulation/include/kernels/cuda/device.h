@@ -100,6 +100,15 @@ inline uint4 Load16(const void* p) {
   return words;
 }
 
+inline uint32_t RoundPair(float x, float y) {
+  const auto rounded = [](float value) -> uint32_t {
+    if (value != value) return 0x7fff;
+    const auto bits = std::bit_cast<uint32_t>(value);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(y) << 16 | rounded(x);
+}
+
 template <int kTermsA, int kTermsB>
 void MultiplyTerms(float (&high)[4], float (&low)[4], const uint32_t (&a)[kTermsA][4],
                    const uint32_t (&b)[kTermsB][2]) {
