@@ -436,7 +436,7 @@ class TileAttention {
   Window reach_;                 // positions that any vector attends
 };
 
-// Blocks of a multiprocessor, which say how many registers a thread may have. With another block, threads would spill.
+// For so many blocks of a multiprocessor registers are shared out, and none spills.
 template <KvElement kFormat>
 constexpr int kBlocks = BitsOf(kFormat) == 32  ? 3
                         : BitsOf(kFormat) == 8 ? 5

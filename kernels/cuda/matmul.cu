@@ -19,8 +19,7 @@ namespace {
 // Shapes   x [row_count, n_in], y [row_count, n_out]; weights as MatMulTask says
 // Loads    weights are read into registers a slab ahead; of few rows x where it is used, of many through shared memory,
 //          copied a slab ahead, 64 columns of 32 rows for each warp (its own: no warp waits for another)
-// Launch   grid (16 kTilesOut outputs, 8 kTilesRows rows), 128 threads, shared memory for the copies and 4 tiles of
-// sums
+// Launch   grid (16 kTilesOut outputs, 8 kTilesRows rows), 128 threads, shared memory for 4 warps' WarpFloats
 constexpr int kWarps = 4;
 constexpr int kSlab = 64;
 
