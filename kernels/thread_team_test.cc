@@ -2,9 +2,11 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <pthread.h>
 #include <sched.h>
 
 #include <atomic>
+#include <csignal>
 #include <vector>
 
 #include "kernels/machine_limits.h"
@@ -37,6 +39,48 @@ TEST(ThreadTeamTest, LoopsDoNotOverlap) {
     team.For(5, [&results, round](int64_t item, int) { results[item] = round; });
     ASSERT_THAT(results, testing::Each(round));
   }
+}
+
+// A worker of which a signal has got hold, as the kernel has of one that waits for a CPU.
+std::atomic<bool> is_away = false, may_return = false;
+
+TEST(ThreadTeamTest, AWorkerThatDoesNotComeIsNotWaitedFor) {
+  ThreadTeam team(2, /*pin_threads=*/false);
+  std::atomic<bool> has_come = false;
+  pthread_t worker{};
+  while (!has_come) {
+    team.For(2, [&](int64_t, int thread) {
+      if (thread != 1) return;
+      worker = pthread_self();
+      has_come = true;
+    });
+  }
+  struct sigaction wait = {}, before;
+  wait.sa_handler = [](int) {
+    is_away = true;
+    is_away.notify_one();
+    may_return.wait(false);
+  };
+  ASSERT_EQ(sigaction(SIGUSR1, &wait, &before), 0);
+  ASSERT_EQ(pthread_kill(worker, SIGUSR1), 0);
+  is_away.wait(false);
+  for (int round = 0; round < 100; ++round) {
+    int items = 0;
+    team.For(5, [&](int64_t, int thread) {
+      EXPECT_EQ(thread, 0);
+      ++items;
+    });
+    ASSERT_EQ(items, 5);
+  }
+  may_return = true;
+  may_return.notify_one();
+  has_come = false;
+  while (!has_come) {
+    team.For(2, [&](int64_t, int thread) {
+      if (thread == 1) has_come = true;
+    });
+  }
+  sigaction(SIGUSR1, &before, nullptr);
 }
 
 // Two CPUs of this machine, to which the calling thread is bound while this lives.

@@ -85,12 +85,22 @@ void ThreadTeam::Run(int64_t count, const void* body, Call call) {
     shares_[t].next.store(count * t / size(), std::memory_order_relaxed);
     shares_[t].end = count * (t + 1) / size();
   }
-  busy_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
+  door_.store(kOpen, std::memory_order_release);
   const int32_t epoch = epoch_.load(std::memory_order_relaxed);
   epoch_.store((epoch + 1) & 0x7fffffff, std::memory_order_release);
   epoch_.notify_all();
   Work(0);
-  for (int32_t busy; (busy = busy_.load(std::memory_order_acquire)) != 0;) WaitWhileEqual(busy_, busy);
+  // A worker that is not inside by now has nothing to do there, nor does the caller have to wait until it gets a CPU.
+  int32_t inside = door_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+  while (inside != 0) inside = WaitWhileEqual(door_, inside);
+}
+
+bool ThreadTeam::Enter() {
+  int32_t door = door_.load(std::memory_order_relaxed);
+  while ((door & kOpen) != 0) {
+    if (door_.compare_exchange_weak(door, door + 1, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+  }
+  return false;
 }
 
 void ThreadTeam::Work(int thread) {
@@ -107,8 +117,9 @@ void ThreadTeam::Work(int thread) {
 void ThreadTeam::WorkerMain(int thread) {
   int32_t epoch = 0;
   while ((epoch = WaitWhileEqual(epoch_, epoch)) != -1) {
+    if (!Enter()) continue;
     Work(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+    if (door_.fetch_sub(1, std::memory_order_acq_rel) == 1) door_.notify_one();
   }
 }
 

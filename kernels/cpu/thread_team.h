@@ -9,7 +9,8 @@
 namespace rankwise::kernels {
 
 // A fixed set of threads that runs one loop at a time; the caller is thread 0. Between loops the others spin for some
-// microseconds, then sleep in the kernel: an idle team costs nothing and an oversubscribed one gives its core away.
+// microseconds, then sleep in the kernel: an idle team costs nothing and an oversubscribed one gives its core away. A
+// thread that gets no CPU in time misses the loop, whose items others take: it holds up nobody.
 //
 // Only one thread may call. A loop body must not start another loop.
 class ThreadTeam {
@@ -45,6 +46,7 @@ class ThreadTeam {
   };
 
   void Run(int64_t count, const void* body, Call call);
+  bool Enter();
   void Work(int thread);
   void WorkerMain(int thread);
 
@@ -56,7 +58,9 @@ class ThreadTeam {
   std::unique_ptr<Share[]> shares_;
 
   alignas(64) std::atomic<int32_t> epoch_{0};  // counts loops; -1 ends the team
-  alignas(64) std::atomic<int32_t> busy_{0};   // workers still in the current loop
+  // Of the current loop: the workers inside, and whether more may enter.
+  static constexpr int32_t kOpen = 1 << 30;
+  alignas(64) std::atomic<int32_t> door_{0};
   std::vector<std::thread> workers_;
 };
 
