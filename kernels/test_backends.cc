@@ -43,5 +43,6 @@ std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads, Activ
 
 std::vector<int> TeamSizes() { return {1, 2, 3}; }
 int32_t LongestTestContext() { return 1 << 20; }
+int32_t LargestTestHeadDim() { return kLargestHeadDim; }
 
 }  // namespace rankwise::kernels

@@ -23,6 +23,7 @@ std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads = 1,
 std::vector<int> TeamSizes();
 // Longer contexts are left out where they would take minutes.
 int32_t LongestTestContext();
+int32_t LargestTestHeadDim();  // that all their pools take
 
 class Random {
  public:

@@ -69,21 +69,33 @@ class CudaWorkerTest : public ::testing::TestWithParam<const char*> {
 };
 
 // Sums differ in their last bits; where K or V lie that near to a rounding they are stored a step apart, so that
-// quantised formats differ by more than f32 does.
+// quantised formats differ by more than f32 does. Where the two likeliest tokens are that near to each other, texts may
+// part.
 TEST_P(CudaWorkerTest, GeneratesWhatTheCpuDoesAtTp1And2) {
+  constexpr size_t kLogprobs = 3;  // of a token, and of the two likeliest
   const double bound = std::string(GetParam()) == "f32" ? 1e-4 : 2e-2;
   double worst = 0;
+  size_t alike = 0;
   for (const int tp : {1, 2}) {
     const auto expected = OnCpu(tp), results = OnCuda(tp);
     for (const auto& [id, result] : results) {
+      const Result& other = expected.at(id);
       EXPECT_EQ(result.error, absl::OkStatus());
-      EXPECT_EQ(result.tokens, expected.at(id).tokens) << "tp " << tp;
-      ASSERT_EQ(result.logprobs.size(), expected.at(id).logprobs.size());
-      for (size_t i = 0; i < result.logprobs.size(); ++i) {
-        worst = std::max<double>(worst, std::fabs(result.logprobs[i] - expected.at(id).logprobs[i]));
+      ASSERT_EQ(result.tokens.size(), other.tokens.size());
+      ASSERT_EQ(result.logprobs.size(), kLogprobs * result.tokens.size());
+      ASSERT_EQ(other.logprobs.size(), result.logprobs.size());
+      for (size_t i = 0; i < result.tokens.size(); ++i) {
+        const float *logprobs = &result.logprobs[kLogprobs * i], *others = &other.logprobs[kLogprobs * i];
+        for (size_t j = 0; j < kLogprobs; ++j) worst = std::max<double>(worst, std::fabs(logprobs[j] - others[j]));
+        if (result.tokens[i] != other.tokens[i]) {
+          EXPECT_LE(others[1] - others[2], 2 * bound) << "tp " << tp << ", token " << i;
+          break;
+        }
+        ++alike;
       }
     }
   }
+  EXPECT_GE(alike, 30u);  // of 36
   EXPECT_LE(worst, bound);
   RecordProperty("worst_logprob_difference", std::to_string(worst));
 }

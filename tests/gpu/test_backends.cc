@@ -19,5 +19,6 @@ std::unique_ptr<Backend> MakeBackend(const std::string& name, int, Activations a
 
 std::vector<int> TeamSizes() { return {1}; }
 int32_t LongestTestContext() { return 600; }
+int32_t LargestTestHeadDim() { return 512; }
 
 }  // namespace rankwise::kernels
