@@ -4,14 +4,14 @@
 namespace rankwise::kernels::RW_ISA {
 
 // Attention of consecutive rows of one request over the blocks of one KV head, 512 positions ("a split") at a time.
-//   s[t] = ((q * k_scale) · k[t]) * score_scale   (f32 and f16: scale 1, zero 0); k's zero point would add the same to
-//   all a split keeps m = max s, l = Σ exp(s - m), o = Σ exp(s - m) v[t]; splits merge in the order of positions out =
-//   o / l * v_scale + v_zero_point
+//   s[t] = ((q * k_scale) · k[t]) * score_scale   (f32 and f16: scale 1, zero 0; k's zero point would move all alike)
+//   of a split m = max s, l = Σ exp(s - m), o = Σ exp(s - m) v[t]; splits merge in the order of positions
+//   out = o / l * v_scale + v_zero_point
 // Online formats have scales and zeros of each position:
 //   s[t] = (q · k[t]) * (k_scale[t] * score_scale) + k_zero[t] * (Σq * score_scale)
 //   z = Σ exp(s - m) v_zero[t], o = Σ (exp(s - m) v_scale[t]) v[t], out = (o + z) / l
 // Stored integers are multiplied as integers, twice as many at once: q (times its scales) by 16384 levels for a vector,
-// the weights of values by as many for 64 positions, whose sums are exact (integer_attention_kernel.h).
+// the weights of values by as many for 64 positions, whose sums are exact (integer_attention.h).
 // Shapes   a vector is one (row, query head); q [vectors, head_dim]; K block [head_dim, 16], V block [16, padded_dim]
 //          of T; stored integers as PairedOffset has it
 // Order    q · k: one fma chain over dims, a lane per position. l: sixteen chains over positions mod 16, then

@@ -99,6 +99,11 @@ template <typename T, typename WeightsOf>
 requires(kIsInteger<T>) inline void StoreWeights(float* scores, Range slots, WeightsOf&& weights_of) {
   const QuantizedWeights to(scores);
   for (int group = 0; group < kGroupsOfSplit; ++group) {
+    if (group * kGroupTokens >= slots.end || (group + 1) * kGroupTokens <= slots.begin) {
+      std::memset(to.q + group * kGroupTokens, 0, sizeof(int16_t) * kGroupTokens);
+      to.scales[group] = 0;
+      continue;
+    }
     Vec weights[kGroupBlocks];
     Vec size = Zero();
     for (int b = 0; b < kGroupBlocks; ++b) {
@@ -116,7 +121,7 @@ requires(kIsInteger<T>) inline void StoreWeights(float* scores, Range slots, Wei
   }
 }
 
-// values [M, 16 D] += Σ_t p[m][t] v[t] over the blocks [begin, end) of one group.
+// values [M, 16 D] += Σ_t p[m][t] v[t] over `count` blocks of one group, while those ahead are fetched.
 template <typename T, int M, int D>
 inline void SumGroup(const AttentionTask& task, const T* const* blocks, const T* const* ahead, int count,
                      const uint32_t* weights, const float* scales, int64_t dim, float* values) {
