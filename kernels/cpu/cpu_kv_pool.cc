@@ -93,8 +93,8 @@ std::vector<std::byte> CpuKvPool::BlockBytes(int layer, int32_t block) const {
   std::vector<std::byte> bytes;
   const auto append = [&](const std::byte* tile, int64_t major, int64_t minor, int64_t width) {
     if (shape_.format == KvFormat::kInt4Online) {
-      const auto pair = static_cast<uint8_t>(tile[PairedOffset(major / 4 * 2 + major % 2, minor, width)]);
-      bytes.push_back(static_cast<std::byte>(major % 4 < 2 ? pair & 15 : pair >> 4));
+      const auto pair = static_cast<uint8_t>(tile[PairedNibbleOffset(major, minor, width)]);
+      bytes.push_back(static_cast<std::byte>(IsUpperNibble(major) ? pair >> 4 : pair & 15));
       return;
     }
     const int64_t size = ElementsBytes(shape_.format, 1);

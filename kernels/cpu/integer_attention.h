@@ -22,8 +22,8 @@ inline Shorts Widen(const T* p) {
 }
 template <typename T>
 inline const T* FourAt(const T* tile, int64_t major, int64_t width, int64_t minor, int part) {
-  return tile +
-         (std::is_same_v<T, U4> ? PairedOffset(major / 2, minor, width) : PairedOffset(major + part * 2, minor, width));
+  return tile + (std::is_same_v<T, U4> ? PairedNibbleOffset(major, minor, width)
+                                       : PairedOffset(major + part * 2, minor, width));
 }
 template <typename T>
 inline void LoadFour(const T* tile, int64_t major, int64_t width, int64_t minor, Shorts (&parts)[2]) {
@@ -183,8 +183,9 @@ requires(kIsInteger<T>) void SumRun(const Split& split, Range positions, int32_t
     for (; dim + kDims * 16 <= task.padded_dim; dim += kDims * 16) {
       SumGroup<T, M, kDims>(task, blocks, ahead, count, q, weights.scales + group, dim, sums);
     }
-    for (; dim < task.padded_dim; dim += 16)
+    for (; dim < task.padded_dim; dim += 16) {
       SumGroup<T, M, 1>(task, blocks, ahead, count, q, weights.scales + group, dim, sums);
+    }
   }
 }
 

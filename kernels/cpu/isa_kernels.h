@@ -101,13 +101,16 @@ struct HeadScales {
   const float *k_scale, *k_zero_point, *v_scale, *v_zero_point;
 };
 
-// Where element (major, minor) of a tile [majors, width] of stored integers lies: pairs of two majors are neighbours,
-// so that their products add up where they are made. Of K a major is a dim, of V a token. In bytes; of four bits, where
-// majors 4 i + 2 and 4 i + 3 share the bytes of 4 i and 4 i + 1 as their upper halves, that of major / 4 * 2 + major
-// % 2.
+// Where element (major, minor) of a tile [majors, width] of stored integers lies, in bytes: pairs of two majors are
+// neighbours, so that their products add up where they are made. Of K a major is a dim, of V a token.
 inline constexpr int64_t PairedOffset(int64_t major, int64_t minor, int64_t width) {
   return major / 2 * 2 * width + minor * 2 + major % 2;
 }
+// The same of four bits: majors 4 i + 2 and 4 i + 3 are the upper halves of the bytes of 4 i and 4 i + 1.
+inline constexpr int64_t PairedNibbleOffset(int64_t major, int64_t minor, int64_t width) {
+  return PairedOffset(major / 4 * 2 + major % 2, minor, width);
+}
+inline constexpr bool IsUpperNibble(int64_t major) { return major % 4 >= 2; }
 
 // Where one token of one KV head goes.
 struct KvSlot {

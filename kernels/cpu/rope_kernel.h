@@ -73,8 +73,8 @@ inline void StorePaired(T* tile, int64_t major, int64_t minor, int64_t width, Q 
   static_assert(sizeof(T) == 1 && sizeof(Q) == 1);
   auto* bytes = reinterpret_cast<uint8_t*>(tile);
   if constexpr (std::is_same_v<T, U4>) {
-    uint8_t& pair = bytes[PairedOffset(major / 4 * 2 + major % 2, minor, width)];
-    pair = static_cast<uint8_t>(major % 4 < 2 ? (pair & 0xf0) | q : (pair & 0x0f) | q << 4);
+    uint8_t& pair = bytes[PairedNibbleOffset(major, minor, width)];
+    pair = static_cast<uint8_t>(IsUpperNibble(major) ? (pair & 0x0f) | q << 4 : (pair & 0xf0) | q);
   } else {
     bytes[PairedOffset(major, minor, width)] = static_cast<uint8_t>(q);
   }
