@@ -130,21 +130,8 @@ TEST(CudaBackendTest, HasNoInt8Activations) {
 TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
   engine::RankOptions options = DemoOptions("f16");
   options.max_drafts = 0;
-  std::vector<Request> sampled;
-  for (int i = 0; i < 4; ++i) {
-    Request request{.id = SequenceId{static_cast<uint64_t>(i + 1)}, .prompt = {3 + 101 * i, 20, 7 + i}};
-    request.sampling = {.max_tokens = 5,
-                        .temperature = 0.5f * static_cast<float>(i),
-                        .top_k = i == 2 ? 40 : 0,
-                        .top_p = i >= 2 ? 0.9f : 1.0f,
-                        .min_p = i == 3 ? 0.02f : 0.0f,
-                        .seed = 11 + static_cast<uint64_t>(i),
-                        .ignore_eos = true,
-                        .logprobs = 0};
-    sampled.push_back(request);
-  }
-  std::vector<Request> drawn = sampled;
-  for (Request& request : drawn) request.sampling.logprobs = -1;
+  const std::vector<std::vector<int32_t>> prompts = {{3, 20, 7}, {104, 20, 8}, {205, 20, 9}, {306, 20, 10}};
+  const auto sampled = RequestsOfAllDraws(prompts, /*logprobs=*/0), drawn = RequestsOfAllDraws(prompts, -1);
   const auto group = StartOnCuda(options, 1);
   const auto expected = RunAll(group->engine(), sampled);
   const int64_t before = cuda_emulation::BytesToHost();

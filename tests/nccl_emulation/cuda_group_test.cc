@@ -75,21 +75,8 @@ class CudaGroupTest : public ::testing::TestWithParam<const char*> {
 // From logits that are put together on the device as if they were on the host; what is drawn there is all that comes to
 // it.
 TEST_P(CudaGroupTest, Rank0DrawsFromTheLogitsOfAllRanks) {
-  std::vector<Request> taken;
-  for (int i = 0; i < 4; ++i) {
-    Request request{.id = SequenceId{static_cast<uint64_t>(i + 1)}, .prompt = Prompt(3, i)};
-    request.sampling = {.max_tokens = 5,
-                        .temperature = 0.5f * static_cast<float>(i),
-                        .top_k = i == 2 ? 40 : 0,
-                        .top_p = i >= 2 ? 0.9f : 1.0f,
-                        .min_p = i == 3 ? 0.02f : 0.0f,
-                        .seed = 11 + static_cast<uint64_t>(i),
-                        .ignore_eos = true,
-                        .logprobs = 0};
-    taken.push_back(request);
-  }
-  std::vector<Request> drawn = taken;
-  for (Request& request : drawn) request.sampling.logprobs = -1;
+  const std::vector<std::vector<int32_t>> prompts = {Prompt(3, 0), Prompt(3, 1), Prompt(3, 2), Prompt(3, 3)};
+  const auto taken = RequestsOfAllDraws(prompts, /*logprobs=*/0), drawn = RequestsOfAllDraws(prompts, -1);
   std::map<SequenceId, Result> expected;
   {
     const auto on_hosts = ThreadGroup::Start(Options(2), 2, [](int) { return kernels::CreateCudaBackend({}); });

@@ -80,6 +80,24 @@ absl::Status ThreadGroup::Finish(
   return absl::OkStatus();
 }
 
+std::vector<engine::Request> RequestsOfAllDraws(const std::vector<std::vector<int32_t>>& prompts, int32_t logprobs) {
+  RW_CHECK(prompts.size() == 4);
+  std::vector<engine::Request> requests;
+  for (int i = 0; i < 4; ++i) {
+    engine::Request request{.id = engine::SequenceId{static_cast<uint64_t>(i + 1)}, .prompt = prompts[i]};
+    request.sampling = {.max_tokens = 5,
+                        .temperature = 0.5f * static_cast<float>(i),
+                        .top_k = i == 2 ? 40 : 0,
+                        .top_p = i >= 2 ? 0.9f : 1.0f,
+                        .min_p = i == 3 ? 0.02f : 0.0f,
+                        .seed = 11 + static_cast<uint64_t>(i),
+                        .ignore_eos = true,
+                        .logprobs = logprobs};
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
 void Collect(const std::vector<engine::Output>& outputs, std::map<engine::SequenceId, Result>& results) {
   const auto append = [](const std::vector<engine::SampledToken>& tokens, std::vector<float>& logprobs) {
     for (const engine::SampledToken& token : tokens) {

@@ -64,6 +64,9 @@ struct Result {
   }
 };
 
+// One request of five tokens for each way to draw, request i of prompts[i], 4 of them: the greediest first.
+std::vector<engine::Request> RequestsOfAllDraws(const std::vector<std::vector<int32_t>>& prompts, int32_t logprobs);
+
 // Adds a step's outputs to `results`, checking that no token is repeated or missing.
 void Collect(const std::vector<engine::Output>& outputs, std::map<engine::SequenceId, Result>& results);
 
