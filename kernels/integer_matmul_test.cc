@@ -54,7 +54,7 @@ class IntegerMatMulTest : public testing::TestWithParam<std::string> {
  protected:
   Random random_{TestSeed()};
 };
-INSTANTIATE_TEST_SUITE_P(InstructionSets, IntegerMatMulTest, testing::ValuesIn(InstructionSets()),
+INSTANTIATE_TEST_SUITE_P(Products, IntegerMatMulTest, testing::ValuesIn(IntegerProducts()),
                          [](const auto& i) { return i.param; });
 
 struct Case {

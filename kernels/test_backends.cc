@@ -1,4 +1,5 @@
 #include "base/check.h"
+#include "kernels/amx_emulation/amx_emulator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/test_support.h"
 
@@ -28,12 +29,31 @@ std::vector<std::string> BFloat16Products() {
   return names;
 }
 
+// Matrix registers are emulated where the CPU has none.
+std::vector<std::string> IntegerProducts() {
+  std::vector<std::string> names;
+  for (const std::string& name : InstructionSets()) {
+    const IntegerKernels* best = &FindCpuKernels(name)->integers;
+    if (best == &kAvx2Integers) {
+      names.push_back(name);
+    } else {
+      names.insert(names.end(), {name + "_vnni", name + "_amx"});
+      if (best != &kAvx512AmxIntegers) amx_emulation::Install();
+    }
+  }
+  return names;
+}
+
 std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads, Activations activations) {
   if (name == "reference") return CreateReferenceBackend(activations);
-  if (name.ends_with("_rounded")) {
-    const CpuKernels kernels = FindCpuKernels(name.substr(0, name.find('_'))).value();
-    return std::make_unique<CpuBackend>(CpuKernels{kernels.floats, kernels.integers, kAvx512BFloat16s},
-                                        CpuOptions{.pin_threads = false, .activations = activations}, threads);
+  if (const size_t end = name.find('_'); end != std::string::npos) {
+    const CpuKernels best = FindCpuKernels(name.substr(0, end)).value();
+    const CpuKernels kernels{best.floats,
+                             name.ends_with("_amx")    ? kAvx512AmxIntegers
+                             : name.ends_with("_vnni") ? kAvx512VnniIntegers
+                                                       : best.integers,
+                             best.integer_attention, name.ends_with("_rounded") ? kAvx512BFloat16s : best.bfloat16s};
+    return std::make_unique<CpuBackend>(kernels, CpuOptions{.pin_threads = false, .activations = activations}, threads);
   }
   auto backend =
       CreateCpuBackend({.threads = threads, .pin_threads = false, .instruction_set = name, .activations = activations});

@@ -18,6 +18,7 @@ namespace rankwise::kernels {
 std::vector<std::string> InstructionSets();
 std::vector<std::string> BackendNames();      // and "reference"
 std::vector<std::string> BFloat16Products();  // names, too: a CPU may have several ways to multiply Activations::kBF16
+std::vector<std::string> IntegerProducts();   // and Activations::kInt8
 std::unique_ptr<Backend> MakeBackend(const std::string& name, int threads = 1,
                                      Activations activations = Activations::kFloat);
 std::vector<int> TeamSizes();

@@ -146,7 +146,7 @@ absl::Status CpuBackend::Attention(float* out, const float* qkv, const Attention
 
 AttendSplitFunction* CpuBackend::AttendSplitOf(KvFormat format) const {
   const int floats = std::size(isa_.attend_split), i = static_cast<int>(format);
-  return i < floats ? isa_.attend_split[i] : integers_.attend_split[i - floats];
+  return i < floats ? isa_.attend_split[i] : integer_attention_.attend_split[i - floats];
 }
 
 void CpuBackend::AttendByTile(const AttentionTask& task, const CpuKvPool& pool, int layer) {

@@ -1,5 +1,9 @@
 #include "kernels/cpu/cpu_backend.h"
 
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -20,6 +24,25 @@ int64_t TiledFloatsPerRow(const CpuMatrix& w) {
                                                : w.steps().back();
 }
 
+// Whether this CPU has AMX-INT8 and the kernel lets this process use its registers, which it asks for when it first
+// needs to know: a context switch then saves eight KiB of a thread that has them in use.
+bool MayUseMatrixRegisters() {
+  static const bool may = [] {
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7's edx
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & (kTile | kInt8)) != (kTile | kInt8))
+      return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of Linux' asm/prctl.h, from 5.16 on
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return may;
+}
+
+const IntegerKernels& BestAvx512Integers() {
+  if (!__builtin_cpu_supports("avx512vnni")) return kAvx2Integers;
+  return MayUseMatrixRegisters() ? kAvx512AmxIntegers : kAvx512VnniIntegers;
+}
+
 }  // namespace
 
 absl::StatusOr<CpuKernels> FindCpuKernels(const std::string& instruction_set) {
@@ -36,8 +59,11 @@ absl::StatusOr<CpuKernels> FindCpuKernels(const std::string& instruction_set) {
   if (instruction_set == "avx512" && !has_avx512) {
     return absl::FailedPreconditionError("this CPU lacks AVX-512 F, BW, VL or DQ");
   }
-  if (!has_avx512 || instruction_set == "avx2") return CpuKernels{kAvx2Kernels, kAvx2Integers, kAvx2BFloat16s};
-  return CpuKernels{kAvx512Kernels, __builtin_cpu_supports("avx512vnni") ? kAvx512VnniIntegers : kAvx2Integers,
+  if (!has_avx512 || instruction_set == "avx2") {
+    return CpuKernels{kAvx2Kernels, kAvx2Integers, kAvx2IntegerAttention, kAvx2BFloat16s};
+  }
+  return CpuKernels{kAvx512Kernels, BestAvx512Integers(),
+                    __builtin_cpu_supports("avx512vnni") ? kAvx512VnniIntegerAttention : kAvx2IntegerAttention,
                     __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16BFloat16s : kAvx512BFloat16s};
 }
 
@@ -54,6 +80,7 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& opti
 CpuBackend::CpuBackend(const CpuKernels& kernels, const CpuOptions& options, int threads)
     : isa_(kernels.floats),
       integers_(kernels.integers),
+      integer_attention_(kernels.integer_attention),
       bfloat16s_(kernels.bfloat16s),
       activations_(options.activations),
       team_(threads, options.pin_threads) {}

@@ -19,6 +19,7 @@ namespace rankwise::kernels {
 struct CpuKernels {
   const IsaKernels& floats;
   const IntegerKernels& integers;
+  const IntegerAttention& integer_attention;
   const BFloat16Kernels& bfloat16s;
 };
 // Those of `instruction_set` ("" the best) and what this CPU has beyond it. InvalidArgument for an unknown name,
@@ -86,6 +87,7 @@ class CpuBackend : public Backend {
 
   const IsaKernels& isa_;
   const IntegerKernels& integers_;
+  const IntegerAttention& integer_attention_;
   const BFloat16Kernels& bfloat16s_;
   const Activations activations_;
   ThreadTeam team_;

@@ -1,4 +1,4 @@
-// Included after attention_kernel.h.
+// Included after dot_*.h.
 #pragma once
 
 #include <iterator>
@@ -43,8 +43,8 @@ inline int32_t SumOfLanes(__m256i x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-// One group of one row into a tile of `rows`: QuantizeActivations to the bit, for finite x.
-inline void QuantizeGroup(const float* x, const DotGroup& group, int32_t rows, uint32_t* words, float* scale,
+// One group of one row, its words `stride` apart: QuantizeActivations to the bit, for finite x.
+inline void QuantizeGroup(const float* x, const DotGroup& group, int64_t stride, uint32_t* words, float* scale,
                           uint32_t* sum) {
   // Sizes compare like their bits, and a NaN is above all of them.
   __m256i largest = _mm256_setzero_si256();
@@ -66,11 +66,14 @@ inline void QuantizeGroup(const float* x, const DotGroup& group, int32_t rows, u
     total = _mm256_add_epi32(total, q);
     const __m128i sixteen = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     const __m128i bytes = _mm_shuffle_epi8(_mm_packs_epi16(sixteen, sixteen), evens_first);
-    words[2 * p * rows] = static_cast<uint32_t>(_mm_cvtsi128_si32(bytes));
-    words[(2 * p + 1) * rows] = static_cast<uint32_t>(_mm_extract_epi32(bytes, 1));
+    words[2 * p * stride] = static_cast<uint32_t>(_mm_cvtsi128_si32(bytes));
+    words[(2 * p + 1) * stride] = static_cast<uint32_t>(_mm_extract_epi32(bytes, 1));
   }
   *sum = static_cast<uint16_t>(SumOfLanes(total));
 }
+
+// Tiles of more rows than vectors take are multiplied in matrix registers.
+inline bool IsForMatrixRegisters(int32_t tile_rows) { return tile_rows > kDotTileRows; }
 
 // What one tile has of a QuantizedRows.
 struct QuantizedTile {
@@ -94,7 +97,9 @@ inline void QuantizeRows(const MatMulTask& task, const float* x, int64_t begin, 
     for (int32_t r = 0; r < tile.rows; ++r, x += task.n_in) {
       for (int64_t g = begin; g < end; ++g) {
         const DotGroup& group = task.groups[g];
-        QuantizeGroup(x, group, tile.rows, tile.words + int64_t{2} * group.x_pair * tile.rows + r,
+        const bool is_row_major = IsForMatrixRegisters(tile.rows);
+        uint32_t* words = tile.words + int64_t{2} * group.x_pair * tile.rows;
+        QuantizeGroup(x, group, is_row_major ? 1 : tile.rows, words + r * (is_row_major ? 2 * group.pair_count : 1),
                       tile.scales + g * tile.rows + r, tile.sums + g * tile.rows + r);
       }
     }
@@ -127,6 +132,11 @@ struct DotParameters {
   Ints shift[2];
 };
 
+inline void AddScaled(Ints dot, Vec weight_scale, float x_scale, bool continues, float* sum) {
+  const Vec scale = Mul(weight_scale, Set(x_scale));
+  Store(sum, Fma(ToFloats(dot), scale, continues ? Load(sum) : Zero()));
+}
+
 template <typename Q, int R, int V>
 inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const uint32_t* x, const float* x_scales,
                     const uint32_t* x_sums, int32_t pair_count, bool continues, float* sums) {
@@ -149,9 +159,7 @@ inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const u
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       const Ints dot = kChains == 2 ? Add(dots[0][r][v], dots[1][r][v]) : dots[0][r][v];
-      float* sum = sums + r * kPanelColumns + (v0 + v) * 16;
-      const Vec scale = Mul(parameters.scale[v0 + v], Set(x_scales[r]));
-      Store(sum, Fma(ToFloats(dot), scale, continues ? Load(sum) : Zero()));
+      AddScaled(dot, parameters.scale[v0 + v], x_scales[r], continues, sums + r * kPanelColumns + (v0 + v) * 16);
     }
   }
 }
@@ -198,7 +206,7 @@ class DotPanel {
   // sums [row_count, 32] of groups [begin, end), from 0.
   void SumChunk(int32_t begin, int32_t end, float* sums, float* scratch) const {
     if (begin == end) std::memset(sums, 0, sizeof(float) * task_.row_count * kPanelColumns);
-    if (task_.tile_count == 1) {
+    if (task_.tile_count == 1 && !IsForMatrixRegisters(task_.row_count)) {
       for (int32_t g = begin; g < end; ++g) {
         AddGroup(Tile{TileOfQuantized(task_, 0)}, g, Pairs(g), Parameters<Q>(g), g > begin, sums);
       }
@@ -232,10 +240,40 @@ class DotPanel {
   void AddGroup(const Tile& tile, int32_t g, const Stored* q, const DotParameters& parameters, bool continues,
                 float* sums) const {
     const DotGroup& group = task_.groups[g];
-    DotTileFor<Stored>(tile.rows)(q, parameters, tile.words + int64_t{2} * group.x_pair * tile.rows,
-                                  tile.scales + int64_t{g} * tile.rows, tile.sums + int64_t{g} * tile.rows,
-                                  group.pair_count, continues, sums);
+    const uint32_t* x = tile.words + int64_t{2} * group.x_pair * tile.rows;
+    const float* x_scales = tile.scales + int64_t{g} * tile.rows;
+    const uint32_t* x_sums = tile.sums + int64_t{g} * tile.rows;
+#ifdef __AMX_INT8__
+    if constexpr (!std::is_same_v<Stored, Nibbles>) {
+      if (IsForMatrixRegisters(tile.rows)) {
+        MultiplyMatrices(q, parameters, x, x_scales, x_sums, tile.rows, group.pair_count, continues, sums);
+        return;
+      }
+    }
+#endif
+    DotTileFor<Stored>(tile.rows)(q, parameters, x, x_scales, x_sums, group.pair_count, continues, sums);
   }
+
+#ifdef __AMX_INT8__
+  template <typename Stored>
+  void MultiplyMatrices(const Stored* q, const DotParameters& parameters, const uint32_t* x, const float* x_scales,
+                        const uint32_t* x_sums, int32_t rows, int32_t pair_count, bool continues, float* sums) const {
+    const int32_t pairs = PairsAtOnce(pair_count);
+    registers_.Begin(rows, pairs);
+    for (int32_t p = 0; p < pair_count; p += pairs) {
+      for (int32_t i = p; i < p + pairs; ++i) PrefetchAhead<kDotTileRows>(q + i);
+      registers_.AddProducts(x + 2 * p, 2 * pair_count, q[p].words);
+    }
+    alignas(64) int32_t dots[kMatrixRows][kPanelColumns];
+    registers_.Store(dots);
+    for (int32_t r = 0; r < rows; ++r) {
+      for (int v = 0; v < 2; ++v) {
+        const Ints dot = Add({_mm512_load_si512(dots[r] + v * 16)}, TimesSixteenBits(parameters.shift[v], x_sums[r]));
+        AddScaled(dot, parameters.scale[v], x_scales[r], continues, sums + r * kPanelColumns + v * 16);
+      }
+    }
+  }
+#endif
 
   // As many groups from `g` on as stay in the first cache while all tiles pass over them; returns the next. Four bits
   // are widened once for all tiles.
@@ -274,6 +312,9 @@ class DotPanel {
 
   const MatMulTask& task_;
   const std::byte* groups_;
+#ifdef __AMX_INT8__
+  mutable MatrixRegisters registers_;
+#endif
 };
 
 template <typename Q>
@@ -289,7 +330,6 @@ inline constexpr IntegerKernels kIntegerTable = {
     .tile_rows = kDotTileRows,
     .quantize_rows = QuantizeRows,
     .matmul_panel = {IntegerMatMulPanel<Nibbles>, IntegerMatMulPanel<Bytes>},
-    .attend_split = {AttendSplit<int8_t>, AttendSplit<U8>, AttendSplit<U4>},
     .dot_burst = DotBurst,
 };
 

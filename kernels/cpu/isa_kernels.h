@@ -32,8 +32,9 @@ struct DotGroup {
   int32_t x_pair;                  // pairs of all groups before it
 };
 
-// Tiles of consecutive rows like MatMulTask::x: words [pairs, 2, rows of the tile] of four q, which meet the stored
-// words of the weights; scales and sums of q (sixteen bits, zero-extended) [groups, rows of the tile].
+// Tiles of consecutive rows like MatMulTask::x: words of four q, which meet the stored words of the weights, of each
+// group [its pairs, 2, rows of the tile], or [rows of the tile, its pairs, 2] for matrix registers; scales and sums of
+// q (sixteen bits, zero-extended) [groups, rows of the tile].
 struct QuantizedRows {
   uint32_t* words;
   float* scales;
@@ -187,8 +188,8 @@ struct IsaKernels {
 
 inline constexpr int kFmaChains = 12;
 
-// Quantised weights times quantised activations (Activations::kInt8), and attention over stored integers. Of an
-// instruction set of their own, which IsaKernels need not have.
+// Quantised weights times quantised activations (Activations::kInt8), of an instruction set of their own, which
+// IsaKernels need not have. Whichever it is, the bits are the same.
 struct IntegerKernels {
   const char* name;
   int tile_rows;  // most rows of one tile
@@ -196,13 +197,17 @@ struct IntegerKernels {
   void (*quantize_rows)(const MatMulTask& task, const float* x, int64_t begin, int64_t end);
   // One panel for all rows of the task, of weights of four and of eight bits.
   void (*matmul_panel[2])(const MatMulTask&, int64_t panel, float* scratch);
-  // As of IsaKernels, of int8, int8-online and int4-online.
-  AttendSplitFunction* attend_split[3];
   // For MeasureMachineLimits: 2 * 64 * kDotChains operations per iteration.
   int32_t (*dot_burst)(int64_t iterations);
 };
 
 inline constexpr int kDotChains = 12;
+
+// Attention over stored integers, likewise.
+struct IntegerAttention {
+  // As of IsaKernels, of int8, int8-online and int4-online.
+  AttendSplitFunction* attend_split[3];
+};
 
 // bf16 weights times activations rounded to bf16 (Activations::kBF16): the fma chains of IsaKernels with denormals
 // taken for zeros, within the bound of matmul_kernel.h and 2^-126 for each column. In pairs, a word of weights or of x
@@ -225,6 +230,9 @@ extern const IsaKernels kAvx2Kernels;
 extern const IsaKernels kAvx512Kernels;
 extern const IntegerKernels kAvx2Integers;
 extern const IntegerKernels kAvx512VnniIntegers;
+extern const IntegerKernels kAvx512AmxIntegers;
+extern const IntegerAttention kAvx2IntegerAttention;
+extern const IntegerAttention kAvx512VnniIntegerAttention;
 extern const BFloat16Kernels kAvx2BFloat16s;
 extern const BFloat16Kernels kAvx512BFloat16s;
 extern const BFloat16Kernels kAvx512Bf16BFloat16s;

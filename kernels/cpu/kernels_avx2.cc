@@ -16,5 +16,7 @@ namespace rankwise::kernels {
 constexpr IsaKernels kAvx2Kernels = avx2::kTable;
 constexpr BFloat16Kernels kAvx2BFloat16s = avx2::kBFloat16Table;
 constexpr IntegerKernels kAvx2Integers = avx2::kIntegerTable;
+constexpr IntegerAttention kAvx2IntegerAttention = {
+    {avx2::AttendSplit<int8_t>, avx2::AttendSplit<avx2::U8>, avx2::AttendSplit<avx2::U4>}};
 
 }  // namespace rankwise::kernels

@@ -17,5 +17,8 @@
 namespace rankwise::kernels {
 
 constexpr IntegerKernels kAvx512VnniIntegers = avx512_vnni::kIntegerTable;
+constexpr IntegerAttention kAvx512VnniIntegerAttention = {{avx512_vnni::AttendSplit<int8_t>,
+                                                           avx512_vnni::AttendSplit<avx512_vnni::U8>,
+                                                           avx512_vnni::AttendSplit<avx512_vnni::U4>}};
 
 }  // namespace rankwise::kernels
