@@ -108,21 +108,27 @@ inline void QuantizeRows(const MatMulTask& task, const float* x, int64_t begin, 
 
 // --- Products.
 
-// Asks for weights ahead of R rows. Few rows wait for memory: the second cache is asked for what is read a page later,
-// where the hardware's own prefetch ends, every other line (a neighbour comes along), because a request of the first
-// cache holds one of its few miss buffers all the way. More rows compute: what they read next shall be in the first.
-// Fractions of what reads alone reach, weights of eight and of four bits from memory, Zen 4:
+// Few rows wait for memory, more compute.
+inline constexpr int kWaitingRows = 3;
+
+// What is fetched ahead of a tile that alone reads the weights. Those that wait ask the second cache for what is read a
+// page later, where the hardware's own prefetch ends, every other line (a neighbour comes along), because a request of
+// the first cache holds one of its few miss buffers all the way. For the others what they read next shall be in the
+// first. Fractions of what reads alone reach, weights of eight and of four bits from memory, Zen 4:
 //   one row     92 and 85 % this way, 86 and 78 % without, 84 and 70 % as the others
 //   eight rows  59 and 36 % this way, 59 and 33 % without, 54 and 29 % as the others
+template <typename Q>
+inline Ahead AheadOf(const Q* q, int32_t rows) {
+  return {reinterpret_cast<const char*>(q) + (rows <= kWaitingRows ? 4096 : 2048), sizeof(Q)};
+}
 template <int R, typename Q>
-[[gnu::always_inline]] inline void PrefetchAhead(const Q* pair) {
-  const char* ahead = reinterpret_cast<const char*>(pair);
-  if constexpr (R <= 3) {
+[[gnu::always_inline]] inline void Prefetch(const char* pair) {
+  if constexpr (R <= kWaitingRows) {
 #pragma GCC unroll 2
-    for (size_t line = 0; line < sizeof(Q); line += 128) _mm_prefetch(ahead + 4096 + line, _MM_HINT_T1);
+    for (size_t line = 0; line < sizeof(Q); line += 128) _mm_prefetch(pair + line, _MM_HINT_T1);
   } else {
 #pragma GCC unroll 4
-    for (size_t line = 0; line < sizeof(Q); line += 64) _mm_prefetch(ahead + 2048 + line, _MM_HINT_T0);
+    for (size_t line = 0; line < sizeof(Q); line += 64) _mm_prefetch(pair + line, _MM_HINT_T0);
   }
 }
 
@@ -138,8 +144,9 @@ inline void AddScaled(Ints dot, Vec weight_scale, float x_scale, bool continues,
 }
 
 template <typename Q, int R, int V>
-inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const uint32_t* x, const float* x_scales,
-                    const uint32_t* x_sums, int32_t pair_count, bool continues, float* sums) {
+[[gnu::always_inline]] inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const uint32_t* x,
+                                           const float* x_scales, const uint32_t* x_sums, int32_t pair_count,
+                                           bool continues, Ahead ahead, float* sums) {
   constexpr int kChains = R <= 2 ? 2 : 1;  // a row alone is too few to hide the latency of a product
   Ints dots[kChains][R][V];
 #pragma GCC unroll 16
@@ -151,7 +158,8 @@ inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const u
     }
   }
   for (int32_t p = 0; p < pair_count; ++p) {
-    PrefetchAhead<R>(q + p);
+    Prefetch<R, Q>(ahead.begin);
+    ahead.begin += ahead.bytes_per_step;
     DotPair(q + p, v0, x + int64_t{2} * p * R, dots);
   }
 #pragma GCC unroll 16
@@ -166,15 +174,15 @@ inline void DotTile(const Q* q, const DotParameters& parameters, int v0, const u
 
 template <typename Q, int R>
 void DotTileOfRows(const Q* q, const DotParameters& parameters, const uint32_t* x, const float* x_scales,
-                   const uint32_t* x_sums, int32_t pair_count, bool continues, float* sums) {
+                   const uint32_t* x_sums, int32_t pair_count, bool continues, Ahead ahead, float* sums) {
   for (int v = 0; v < 2; v += kDotTileVectors) {
-    DotTile<Q, R, kDotTileVectors>(q, parameters, v, x, x_scales, x_sums, pair_count, continues, sums);
+    DotTile<Q, R, kDotTileVectors>(q, parameters, v, x, x_scales, x_sums, pair_count, continues, ahead, sums);
   }
 }
 
 template <typename Q>
 using DotFunction = void (*)(const Q*, const DotParameters&, const uint32_t*, const float*, const uint32_t*, int32_t,
-                             bool, float*);
+                             bool, Ahead, float*);
 template <typename Q>
 inline DotFunction<Q> DotTileFor(int32_t rows) {
   static constexpr DotFunction<Q> kTiles[] = {DotTileOfRows<Q, 1>,
@@ -208,7 +216,8 @@ class DotPanel {
     if (begin == end) std::memset(sums, 0, sizeof(float) * task_.row_count * kPanelColumns);
     if (task_.tile_count == 1 && !IsForMatrixRegisters(task_.row_count)) {
       for (int32_t g = begin; g < end; ++g) {
-        AddGroup(Tile{TileOfQuantized(task_, 0)}, g, Pairs(g), Parameters<Q>(g), g > begin, sums);
+        AddGroup(Tile{TileOfQuantized(task_, 0)}, g, Pairs(g), Parameters<Q>(g), g > begin,
+                 AheadOf(Pairs(g), task_.row_count), sums);
       }
       return;
     }
@@ -238,7 +247,7 @@ class DotPanel {
 
   template <typename Stored>
   void AddGroup(const Tile& tile, int32_t g, const Stored* q, const DotParameters& parameters, bool continues,
-                float* sums) const {
+                Ahead ahead, float* sums) const {
     const DotGroup& group = task_.groups[g];
     const uint32_t* x = tile.words + int64_t{2} * group.x_pair * tile.rows;
     const float* x_scales = tile.scales + int64_t{g} * tile.rows;
@@ -246,22 +255,25 @@ class DotPanel {
 #ifdef __AMX_INT8__
     if constexpr (!std::is_same_v<Stored, Nibbles>) {
       if (IsForMatrixRegisters(tile.rows)) {
-        MultiplyMatrices(q, parameters, x, x_scales, x_sums, tile.rows, group.pair_count, continues, sums);
+        MultiplyMatrices(q, parameters, x, x_scales, x_sums, tile.rows, group.pair_count, continues, ahead, sums);
         return;
       }
     }
 #endif
-    DotTileFor<Stored>(tile.rows)(q, parameters, x, x_scales, x_sums, group.pair_count, continues, sums);
+    DotTileFor<Stored>(tile.rows)(q, parameters, x, x_scales, x_sums, group.pair_count, continues, ahead, sums);
   }
 
 #ifdef __AMX_INT8__
   template <typename Stored>
   void MultiplyMatrices(const Stored* q, const DotParameters& parameters, const uint32_t* x, const float* x_scales,
-                        const uint32_t* x_sums, int32_t rows, int32_t pair_count, bool continues, float* sums) const {
+                        const uint32_t* x_sums, int32_t rows, int32_t pair_count, bool continues, Ahead ahead,
+                        float* sums) const {
     const int32_t pairs = PairsAtOnce(pair_count);
     registers_.Begin(rows, pairs);
     for (int32_t p = 0; p < pair_count; p += pairs) {
-      for (int32_t i = p; i < p + pairs; ++i) PrefetchAhead<kDotTileRows>(q + i);
+      for (int32_t i = 0; i < pairs; ++i, ahead.begin += ahead.bytes_per_step) {
+        Prefetch<kDotTileRows, Stored>(ahead.begin);
+      }
       registers_.AddProducts(x + 2 * p, 2 * pair_count, q[p].words);
     }
     alignas(64) int32_t dots[kMatrixRows][kPanelColumns];
@@ -295,17 +307,25 @@ class DotPanel {
       }
       pairs += group.pair_count;
     }
+    const DotGroup& last = task_.groups[g + count - 1];
+    const auto* next = reinterpret_cast<const char*>(Pairs(g + count - 1) + last.pair_count);
+    const int64_t next_bytes = pairs * static_cast<int64_t>(sizeof(Q)) + count * kGroupHeaderBytes;
     for (int32_t t = 0; t < task_.tile_count; ++t) {
       const Tile tile = TileOfQuantized(task_, t);
       float* tile_sums = sums + int64_t{TileBegin(task_, t)} * kPanelColumns;
-      for (int32_t i = 0; i < count; ++i) AddGroup(tile, g + i, q[i], parameters[i], g + i > chunk_begin, tile_sums);
+      // Each tile fetches its share of the next block.
+      Ahead ahead = {next + next_bytes * t / task_.tile_count, next_bytes / task_.tile_count / pairs};
+      for (int32_t i = 0; i < count; ++i) {
+        AddGroup(tile, g + i, q[i], parameters[i], g + i > chunk_begin, ahead, tile_sums);
+        ahead.begin += ahead.bytes_per_step * task_.groups[g + i].pair_count;
+      }
     }
     return g + count;
   }
 
   static void Widen(const Nibbles* q, int32_t pair_count, SmallBytes* out) {
     for (int32_t p = 0; p < pair_count; ++p) {
-      PrefetchAhead<kDotTileRows>(q + p);
+      Prefetch<kDotTileRows, Nibbles>(AheadOf(q + p, kDotTileRows).begin);
       for (int v = 0; v < 2; ++v) StorePair(out + p, v, LoadPair(q + p, v));
     }
   }

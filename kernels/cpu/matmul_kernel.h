@@ -13,12 +13,6 @@ namespace rankwise::kernels::RW_ISA {
 // Order    a lane is an output column, so neither the instruction set nor the number of rows can change it; cutting a
 //          chunk into blocks stores and reloads the accumulators, which changes nothing either
 
-// What each step of a tile fetches, for later tiles or steps.
-struct Ahead {
-  const char* begin;
-  int64_t bytes_per_step;
-};
-
 // k_count more steps of R rows and 16 V columns. Continues from `sums` [R, 32] when `continues`, else from 0.
 template <typename Vector, typename W, int R, int V>
 inline void FmaTile(const W* w, const float* x, int64_t k_count, bool continues, Ahead ahead, float* sums) {

@@ -9,6 +9,12 @@ inline int32_t TileBegin(const MatMulTask& task, int32_t tile) {
   return static_cast<int32_t>(int64_t{task.row_count} * tile / task.tile_count);
 }
 
+// What each step of a tile fetches, for later tiles or steps.
+struct Ahead {
+  const char* begin;
+  int64_t bytes_per_step;
+};
+
 // y of one panel of 32 output columns: sum_chunk(chunk, sums) leaves a chunk's sums [row_count, 32], which are added in
 // a balanced binary tree; then the bias. `stack` has room for kSumLevels times those sums.
 template <typename SumChunk>
