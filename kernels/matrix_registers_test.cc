@@ -22,9 +22,9 @@ TEST(MatrixRegistersTest, AreUsedForManyRowsAndGivenBack) {
     EXPECT_FALSE(amx_emulation::IsInUse()) << rows;
     return amx_emulation::ProductCount() - before;
   };
-  EXPECT_EQ(products_of(12), 0);
+  EXPECT_EQ(products_of(8), 0);
   // 2 panels of 2 registers, 256 columns of 64 at once, for each 16 rows of a tile; 33 are tiles of 16 and of 17.
-  EXPECT_EQ(products_of(13), 16);
+  EXPECT_EQ(products_of(9), 16);
   EXPECT_EQ(products_of(32), 32);
   EXPECT_EQ(products_of(33), 48);
 }

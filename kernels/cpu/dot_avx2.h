@@ -12,11 +12,8 @@ inline constexpr const char* kDotName = "avx2";
 inline constexpr int kDotTileRows = 4;     // with one vector 8 of 16 registers
 inline constexpr int kDotTileVectors = 1;  // of a panel's two, that one pass of a tile takes
 
-// How a pair of words of 32 columns is stored: of bytes; of bytes below 16; of four bits, where one word holds both.
+// How a pair of words of 32 columns is stored: of bytes; of four bits, where one word holds both.
 struct Bytes {
-  uint32_t words[2][kPanelColumns];
-};
-struct SmallBytes {
   uint32_t words[2][kPanelColumns];
 };
 struct Nibbles {
@@ -51,19 +48,9 @@ inline Ints LoadWords(const uint32_t* words) {
   const auto* from = reinterpret_cast<const __m256i*>(words);
   return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
 }
-inline void StoreWords(uint32_t* words, Ints x) {
-  auto* to = reinterpret_cast<__m256i*>(words);
-  _mm256_storeu_si256(to, x.lo);
-  _mm256_storeu_si256(to + 1, x.hi);
-}
-
 struct WordPair {
   Ints even, odd;
 };
-template <typename Q>
-inline WordPair LoadPair(const Q* pair, int v) {
-  return {LoadWords(pair->words[0] + v * 16), LoadWords(pair->words[1] + v * 16)};
-}
 inline WordPair LoadPair(const Nibbles* pair, int v) {
   const Ints words = LoadWords(pair->words + v * 16);
   const __m256i lower = _mm256_set1_epi8(15);
@@ -71,11 +58,6 @@ inline WordPair LoadPair(const Nibbles* pair, int v) {
           {_mm256_and_si256(_mm256_srli_epi16(words.lo, 4), lower),
            _mm256_and_si256(_mm256_srli_epi16(words.hi, 4), lower)}};
 }
-inline void StorePair(SmallBytes* pair, int v, const WordPair& words) {
-  StoreWords(pair->words[0] + v * 16, words.even);
-  StoreWords(pair->words[1] + v * 16, words.odd);
-}
-
 inline __m256i DotOfSmall(__m256i sum, __m256i even, __m256i odd, __m256i x_even, __m256i x_odd) {
   const __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16(even, x_even), _mm256_maddubs_epi16(odd, x_odd));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
@@ -86,8 +68,8 @@ inline __m256i DotOfSigned(__m256i sum, __m256i weights, __m256i size, __m256i x
 }
 
 // One pair of words of V vectors from `v0` on times the words x [2, R]. One chain takes both.
-template <int C, int R, int V, typename Q>
-[[gnu::always_inline]] inline void DotPair(const Q* pair, int v0, const uint32_t* x, Ints (&sums)[C][R][V]) {
+template <int C, int R, int V>
+[[gnu::always_inline]] inline void DotPair(const Nibbles* pair, int v0, const uint32_t* x, Ints (&sums)[C][R][V]) {
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const WordPair w = LoadPair(pair, v0 + v);

@@ -1,4 +1,4 @@
-// Included after simd.h.
+// Included after dot_avx512_vnni.h.
 #pragma once
 
 #include <cstdint>
@@ -103,6 +103,17 @@ class MatrixRegisters {
 
   int rows_ = 0, pairs_ = 0;
 };
+
+// Matrix registers take whole bytes.
+inline void WidenPairs(const Nibbles* from, int32_t pair_count, Bytes* to) {
+  for (int32_t p = 0; p < pair_count; ++p) {
+    for (int v = 0; v < 2; ++v) {
+      const WordPair words = LoadPair(from + p, v);
+      _mm512_storeu_si512(to[p].words[0] + v * 16, words.even);
+      _mm512_storeu_si512(to[p].words[1] + v * 16, words.odd);
+    }
+  }
+}
 
 // As many pairs as a register holds, or fewer so that equal pieces make up the group.
 inline int32_t PairsAtOnce(int32_t pair_count) {

@@ -194,11 +194,7 @@ inline DotFunction<Q> DotTileFor(int32_t rows) {
                                               DotTileOfRows<Q, 5>,
                                               DotTileOfRows<Q, 6>,
                                               DotTileOfRows<Q, 7>,
-                                              DotTileOfRows<Q, 8>,
-                                              DotTileOfRows<Q, 9>,
-                                              DotTileOfRows<Q, 10>,
-                                              DotTileOfRows<Q, 11>,
-                                              DotTileOfRows<Q, 12>
+                                              DotTileOfRows<Q, 8>
 #endif
   };
   static_assert(std::size(kTiles) == kDotTileRows);
@@ -216,99 +212,101 @@ class DotPanel {
     if (begin == end) std::memset(sums, 0, sizeof(float) * task_.row_count * kPanelColumns);
     if (task_.tile_count == 1 && !IsForMatrixRegisters(task_.row_count)) {
       for (int32_t g = begin; g < end; ++g) {
-        AddGroup(Tile{TileOfQuantized(task_, 0)}, g, Pairs(g), Parameters<Q>(g), g > begin,
-                 AheadOf(Pairs(g), task_.row_count), sums);
+        AddGroup(TileOfQuantized(task_, 0), g, Pairs(g), Parameters(g), g > begin, AheadOf(Pairs(g), task_.row_count),
+                 sums);
       }
       return;
     }
-    for (int32_t g = begin; g < end;) g = AddBlock(begin, g, end, sums, reinterpret_cast<SmallBytes*>(scratch));
+    for (int32_t g = begin; g < end;) g = AddBlock(begin, g, end, sums, scratch);
   }
 
  private:
   using Tile = QuantizedTile;
-  static constexpr int32_t kBlockPairs = kMatMulDepth * kPanelColumns * 4 / static_cast<int32_t>(sizeof(SmallBytes));
-  static constexpr int32_t kBlockGroups = 16;
+#ifdef __AMX_INT8__
+  using BlockQ = Bytes;
+#else
+  using BlockQ = Q;
+#endif
+  static constexpr bool kIsWidened = !std::is_same_v<BlockQ, Q>;
+  static constexpr int32_t kBlockBytes = 8 << 10, kBlockGroups = 16;
+  static_assert(kBlockBytes <= sizeof(float) * kMatMulDepth * kPanelColumns);
 
   const std::byte* WeightGroup(int32_t g) const { return groups_ + task_.groups[g].weight_group * task_.group_bytes; }
   const Q* Pairs(int32_t g) const {
     return reinterpret_cast<const Q*>(WeightGroup(g) + kGroupHeaderBytes) + task_.groups[g].pair_begin;
   }
-  template <typename Stored>
   DotParameters Parameters(int32_t g) const {
     const auto* scales = reinterpret_cast<const uint16_t*>(WeightGroup(g));
     const auto* zeros = reinterpret_cast<const U8*>(scales + kPanelColumns);
     DotParameters parameters;
     for (int v = 0; v < 2; ++v) {
       parameters.scale[v] = LoadF16(scales + v * 16);
-      parameters.shift[v] = OffsetMinus(kWeightOffset<Stored>, zeros + v * 16);
+      parameters.shift[v] = OffsetMinus(kWeightOffset<Q>, zeros + v * 16);
     }
     return parameters;
   }
 
-  template <typename Stored>
-  void AddGroup(const Tile& tile, int32_t g, const Stored* q, const DotParameters& parameters, bool continues,
-                Ahead ahead, float* sums) const {
+  void AddGroup(const Tile& tile, int32_t g, const Q* q, const DotParameters& parameters, bool continues, Ahead ahead,
+                float* sums) const {
     const DotGroup& group = task_.groups[g];
-    const uint32_t* x = tile.words + int64_t{2} * group.x_pair * tile.rows;
-    const float* x_scales = tile.scales + int64_t{g} * tile.rows;
-    const uint32_t* x_sums = tile.sums + int64_t{g} * tile.rows;
-#ifdef __AMX_INT8__
-    if constexpr (!std::is_same_v<Stored, Nibbles>) {
-      if (IsForMatrixRegisters(tile.rows)) {
-        MultiplyMatrices(q, parameters, x, x_scales, x_sums, tile.rows, group.pair_count, continues, ahead, sums);
-        return;
-      }
-    }
-#endif
-    DotTileFor<Stored>(tile.rows)(q, parameters, x, x_scales, x_sums, group.pair_count, continues, ahead, sums);
+    DotTileFor<Q>(tile.rows)(q, parameters, tile.words + int64_t{2} * group.x_pair * tile.rows,
+                             tile.scales + int64_t{g} * tile.rows, tile.sums + int64_t{g} * tile.rows, group.pair_count,
+                             continues, ahead, sums);
   }
 
 #ifdef __AMX_INT8__
-  template <typename Stored>
-  void MultiplyMatrices(const Stored* q, const DotParameters& parameters, const uint32_t* x, const float* x_scales,
-                        const uint32_t* x_sums, int32_t rows, int32_t pair_count, bool continues, Ahead ahead,
-                        float* sums) const {
-    const int32_t pairs = PairsAtOnce(pair_count);
-    registers_.Begin(rows, pairs);
-    for (int32_t p = 0; p < pair_count; p += pairs) {
+  void AddGroupOfBlock(const Tile& tile, int32_t g, const Bytes* q, const DotParameters& parameters, bool continues,
+                       Ahead ahead, float* sums) const {
+    const DotGroup& group = task_.groups[g];
+    const uint32_t* x = tile.words + int64_t{2} * group.x_pair * tile.rows;
+    const int32_t pairs = PairsAtOnce(group.pair_count);
+    registers_.Begin(tile.rows, pairs);
+    for (int32_t p = 0; p < group.pair_count; p += pairs) {
       for (int32_t i = 0; i < pairs; ++i, ahead.begin += ahead.bytes_per_step) {
-        Prefetch<kDotTileRows, Stored>(ahead.begin);
+        Prefetch<kDotTileRows, Q>(ahead.begin);
       }
-      registers_.AddProducts(x + 2 * p, 2 * pair_count, q[p].words);
+      registers_.AddProducts(x + 2 * p, 2 * group.pair_count, q[p].words);
     }
     alignas(64) int32_t dots[kMatrixRows][kPanelColumns];
     registers_.Store(dots);
-    for (int32_t r = 0; r < rows; ++r) {
+    for (int32_t r = 0; r < tile.rows; ++r) {
+      const int64_t at = int64_t{g} * tile.rows + r;
       for (int v = 0; v < 2; ++v) {
-        const Ints dot = Add({_mm512_load_si512(dots[r] + v * 16)}, TimesSixteenBits(parameters.shift[v], x_sums[r]));
-        AddScaled(dot, parameters.scale[v], x_scales[r], continues, sums + r * kPanelColumns + v * 16);
+        const Ints shift = TimesSixteenBits(parameters.shift[v], tile.sums[at]);
+        AddScaled(Add({_mm512_load_si512(dots[r] + v * 16)}, shift), parameters.scale[v], tile.scales[at], continues,
+                  sums + r * kPanelColumns + v * 16);
       }
     }
   }
+#else
+  void AddGroupOfBlock(const Tile& tile, int32_t g, const Q* q, const DotParameters& parameters, bool continues,
+                       Ahead ahead, float* sums) const {
+    AddGroup(tile, g, q, parameters, continues, ahead, sums);
+  }
 #endif
 
-  // As many groups from `g` on as stay in the first cache while all tiles pass over them; returns the next. Four bits
-  // are widened once for all tiles.
-  int32_t AddBlock(int32_t chunk_begin, int32_t g, int32_t chunk_end, float* sums, SmallBytes* widened) const {
-    constexpr bool kIsWidened = std::is_same_v<Q, Nibbles>;
-    using Stored = std::conditional_t<kIsWidened, SmallBytes, Q>;
+  // As many groups from `g` on as stay in the first cache while all tiles pass over them; returns the next. Matrix
+  // registers take whole bytes, which are then made in `scratch`; vectors are as fast with four bits.
+  int32_t AddBlock(int32_t chunk_begin, int32_t g, int32_t chunk_end, float* sums,
+                   [[maybe_unused]] float* scratch) const {
     DotParameters parameters[kBlockGroups];
-    const Stored* q[kBlockGroups];
+    const BlockQ* q[kBlockGroups];
     int32_t count = 0, pairs = 0;
     for (; count < kBlockGroups && g + count < chunk_end; ++count) {
       const DotGroup& group = task_.groups[g + count];
-      if (pairs + group.pair_count > kBlockPairs) break;
-      parameters[count] = Parameters<Stored>(g + count);
+      if ((pairs + group.pair_count) * static_cast<int32_t>(sizeof(BlockQ)) > kBlockBytes) break;
+      parameters[count] = Parameters(g + count);
       if constexpr (kIsWidened) {
-        q[count] = widened + pairs;
-        Widen(Pairs(g + count), group.pair_count, widened + pairs);
+        Bytes* widened = reinterpret_cast<Bytes*>(scratch) + pairs;
+        q[count] = widened;
+        WidenPairs(Pairs(g + count), group.pair_count, widened);
       } else {
         q[count] = Pairs(g + count);
       }
       pairs += group.pair_count;
     }
-    const DotGroup& last = task_.groups[g + count - 1];
-    const auto* next = reinterpret_cast<const char*>(Pairs(g + count - 1) + last.pair_count);
+    const int32_t last = g + count - 1;
+    const auto* next = reinterpret_cast<const char*>(Pairs(last) + task_.groups[last].pair_count);
     const int64_t next_bytes = pairs * static_cast<int64_t>(sizeof(Q)) + count * kGroupHeaderBytes;
     for (int32_t t = 0; t < task_.tile_count; ++t) {
       const Tile tile = TileOfQuantized(task_, t);
@@ -316,18 +314,11 @@ class DotPanel {
       // Each tile fetches its share of the next block.
       Ahead ahead = {next + next_bytes * t / task_.tile_count, next_bytes / task_.tile_count / pairs};
       for (int32_t i = 0; i < count; ++i) {
-        AddGroup(tile, g + i, q[i], parameters[i], g + i > chunk_begin, ahead, tile_sums);
+        AddGroupOfBlock(tile, g + i, q[i], parameters[i], g + i > chunk_begin, ahead, tile_sums);
         ahead.begin += ahead.bytes_per_step * task_.groups[g + i].pair_count;
       }
     }
     return g + count;
-  }
-
-  static void Widen(const Nibbles* q, int32_t pair_count, SmallBytes* out) {
-    for (int32_t p = 0; p < pair_count; ++p) {
-      Prefetch<kDotTileRows, Nibbles>(AheadOf(q + p, kDotTileRows).begin);
-      for (int v = 0; v < 2; ++v) StorePair(out + p, v, LoadPair(q + p, v));
-    }
   }
 
   const MatMulTask& task_;
