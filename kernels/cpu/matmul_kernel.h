@@ -81,10 +81,14 @@ inline void MultiplyTile(int rows, const W* w, const float* x, int64_t k_count, 
   kTiles[rows - 1](w, x, k_count, continues, ahead, sums);
 }
 
-// All steps of a panel that one tile reads, from 0: the hardware's own prefetch does best.
+// All steps of a panel that one tile reads, from 0. Few rows wait for memory, and the hardware's own prefetch does
+// best; more compute, and it does not reach far enough ahead. Fractions of the fma peak, f16 weights from memory,
+// without and with, Zen 4: 4 rows 0.76 and 0.80, 8 rows 0.85 and 0.90, 12 rows 0.82 and 0.94.
 template <typename W>
 inline void MultiplyOnce(int rows, const W* w, const float* x, int64_t k_count, float* sums) {
-  MultiplyTile(rows, w, x, k_count, false, {reinterpret_cast<const char*>(w), 0}, sums);
+  const auto* own = reinterpret_cast<const char*>(w);
+  const Ahead ahead = rows <= 3 ? Ahead{own, 0} : Ahead{own + 4096, sizeof(W) * kPanelColumns};
+  MultiplyTile(rows, w, x, k_count, false, ahead, sums);
 }
 
 // One panel of weights as they are: [n_in, 32].
