@@ -17,9 +17,12 @@ namespace rankwise::kernels::RW_ISA {
 inline float FmaBurst(int64_t iterations) {
   constexpr int kInFlight = kAccumulators >= 24 ? kFmaChains : kFmaChains / 2;
   const Vec a = Set(0.999f), b = Set(0.001f);
+  // No two lanes alike: of equal halves of a pair the compiler would multiply one.
+  float start[16 + kInFlight];
+  for (int i = 0; i < 16 + kInFlight; ++i) start[i] = static_cast<float>(i);
   Vec acc[kInFlight];
 #pragma GCC unroll 12
-  for (int i = 0; i < kInFlight; ++i) acc[i] = Set(static_cast<float>(i));
+  for (int i = 0; i < kInFlight; ++i) acc[i] = Load(start + i);
   for (int64_t n = 0; n < iterations * (kFmaChains / kInFlight); ++n) {
 #pragma GCC unroll 12
     for (int i = 0; i < kInFlight; ++i) acc[i] = Fma(acc[i], a, b);
