@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -79,12 +80,15 @@ struct SumTree {
 // refuses quantised ones. The CUDA backend has no kInt8.
 enum class Activations : uint8_t { kFloat, kInt8, kBF16 };
 const char* ActivationsName(Activations activations);
-// For flags.
+// For flags; those of what a device multiplies with by itself, too (device::DeviceOptions), have "auto" for none.
 std::map<std::string, Activations> ActivationsByName();
+inline constexpr char kAutoActivations[] = "auto";
+std::vector<std::string> ActivationsFlags();
+std::optional<Activations> ActivationsOfFlag(const std::string& flag);
 inline constexpr char kActivationsHelp[] =
     "What weights are multiplied with: float; or int8, of quantised weights and on the CPU alone, or bf16, of f16 and "
     "bf16 weights, which are faster in prefill and batches and less exact. bf16 makes bf16 of f16 weights, too: 8 bits "
-    "of their 11";
+    "of their 11. auto: int8 of quantised weights on the CPU, else float";
 
 // Weights [n_out, n_in] packed once for a backend. Owned by the caller, destroyed before the backend.
 class PackedMatrix {
@@ -224,7 +228,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string Description() const = 0;  // "cpu avx512, 2 threads"
+  virtual std::string Description()
+      const = 0;  // "cpu avx512, 2 threads", and how matrices packed so far are multiplied if not with floats
   // Rows of one step beyond which a row becomes no cheaper: more would only delay everyone's next token.
   virtual int32_t step_rows() const { return 512; }
 

@@ -135,6 +135,17 @@ absl::StatusOr<PackedShape> CheckPack(std::span<const MatrixView> blocks, const 
   return shape;
 }
 
+std::vector<std::string> ActivationsFlags() {
+  std::vector<std::string> flags = {kAutoActivations};
+  for (const auto& [name, activations] : ActivationsByName()) flags.push_back(name);
+  return flags;
+}
+
+std::optional<Activations> ActivationsOfFlag(const std::string& flag) {
+  if (flag == kAutoActivations) return std::nullopt;
+  return ActivationsByName().at(flag);
+}
+
 absl::StatusOr<Activations> ActivationsOf(const PackedShape& shape, Activations wanted) {
   switch (wanted) {
     case Activations::kFloat:

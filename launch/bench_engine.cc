@@ -242,10 +242,10 @@ void AddEngineFlags(CLI::App& app, RankFlags& ranks, EngineFlags& flags) {
   app.add_option("--kv", ranks.rank.kv, absl::StrJoin(kv::KvNames(), ", "))->default_str(kDefaultKvFormat);
   app.add_option_function<std::string>(
          "--activations",
-         [&ranks](const std::string& name) { ranks.device.cpu.activations = kernels::ActivationsByName().at(name); },
+         [&ranks](const std::string& name) { ranks.device.activations = kernels::ActivationsOfFlag(name); },
          kernels::kActivationsHelp)
-      ->check(CLI::IsMember(kernels::ActivationsByName()))
-      ->default_str(kernels::ActivationsName(ranks.device.cpu.activations));
+      ->check(CLI::IsMember(kernels::ActivationsFlags()))
+      ->default_str(kernels::kAutoActivations);
   app.add_option("--batch", flags.batches, "Batch sizes of decode, e.g. 1,8,32")->delimiter(',')->capture_default_str();
   app.add_option("--depth", flags.depth, "Tokens in the cache before decode begins")->capture_default_str();
   app.add_option("--prompt", flags.prompt, "Tokens of the prefill; 0 leaves it out")->capture_default_str();

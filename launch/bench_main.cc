@@ -151,7 +151,7 @@ void PrintRow(const engine::Rank& other, const Comparison& sums, const kv::Measu
 absl::StatusOr<device::Device> OpenFor(kernels::Activations activations, device::DeviceOptions options,
                                        const device::Device& floats, comm::Communicator& host) {
   options.device = floats.gpu < 0 ? "cpu" : "cuda";
-  options.cpu.activations = activations;
+  options.activations = activations;
   return device::OpenDevice(options, host);
 }
 
@@ -221,6 +221,7 @@ int Run(Flags& flags, bool is_engine) {
   auto host = comm::CreateGroupCommunicator(mpi, absl::Minutes(1));
   absl::Status ended = host.status();
   if (ended.ok()) {
+    if (!is_engine) flags.ranks.device.activations = kernels::Activations::kFloat;  // the baseline's
     const absl::StatusOr<device::Device> device = device::OpenDevice(flags.ranks.device, **host);
     if (!device.ok()) {
       if (mpi.rank() == 0) spdlog::error("{}", std::string(device.status().message()));

@@ -36,7 +36,7 @@ void AddClusterFlags(CLI::App& command, ClusterFlags& flags) {
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   command.add_option("--activations", flags.activations, kernels::kActivationsHelp)
-      ->check(CLI::IsMember(kernels::ActivationsByName()))
+      ->check(CLI::IsMember(kernels::ActivationsFlags()))
       ->capture_default_str();
   command.add_option("--kv-memory", flags.kv_memory, "Memory for keys and values on each rank, as in 512M or 20G");
   command.add_option("--mpirun", flags.mpirun, "Open MPI's launcher")->capture_default_str();

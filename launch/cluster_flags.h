@@ -17,7 +17,7 @@ struct ClusterFlags {
   std::string device = "auto";
   bool is_gpu_sharing_allowed = false;
   int threads = 0;  // of one rank; 0: this host's CPUs shared out
-  std::string activations = kernels::ActivationsName(kernels::Activations::kFloat);
+  std::string activations = kernels::kAutoActivations;
   std::string kv_memory;
   std::string mpirun = "mpirun";
   std::string log_folder;

@@ -40,7 +40,7 @@ struct Flags {
   engine::RankOptions rank;
   device::DeviceOptions device;
   std::string kv_memory;
-  std::string activations = kernels::ActivationsName(kernels::Activations::kFloat);
+  std::string activations = kernels::kAutoActivations;
   std::string coordinator;
   std::string coordinator_file;
   wire::CredentialFiles credentials;
@@ -103,7 +103,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->default_str("this host's CPUs / ranks on this host");
   app.add_option("--instruction-set", flags.device.cpu.instruction_set, "avx2 or avx512; default the best there is");
   app.add_option("--activations", flags.activations, kernels::kActivationsHelp)
-      ->check(CLI::IsMember(kernels::ActivationsByName()))
+      ->check(CLI::IsMember(kernels::ActivationsFlags()))
       ->capture_default_str();
   app.add_option("--observe", flags.observe_dir,
                  "Calibration: keep statistics of K, V and inputs, and write them into this folder when stopped");
@@ -294,10 +294,9 @@ int Run(Flags& flags) {
     spdlog::info("{} ready in {:.1f} s: {}, {}, kv {}, {} blocks of {} tokens", flags.rank.model_dir,
                  absl::ToDoubleSeconds(absl::Now() - begin), device.backend->Description(), communicator.Description(),
                  rank.kv, rank.scheduler_options.block_count, rank.scheduler_options.block_tokens);
-    if (rank.decoder->activations() != flags.device.cpu.activations) {
+    if (const auto wanted = flags.device.activations; wanted && rank.decoder->activations() != *wanted) {
       spdlog::warn("--activations {}: {} has no {} weights and is computed in floats", flags.activations,
-                   flags.rank.model_dir,
-                   flags.device.cpu.activations == kernels::Activations::kInt8 ? "quantised" : "f16 or bf16");
+                   flags.rank.model_dir, *wanted == kernels::Activations::kInt8 ? "quantised" : "f16 or bf16");
     }
   }
   const std::function<std::string()> report = [&] { return OwnLoad(rank, host.TakeStepTimes()).SerializeAsString(); };
@@ -343,7 +342,7 @@ int main(int argc, char** argv) {
     }
     flags.rank.kv_memory_bytes = static_cast<int64_t>(bytes);
   }
-  flags.device.cpu.activations = kernels::ActivationsByName().at(flags.activations);
+  flags.device.activations = kernels::ActivationsOfFlag(flags.activations);
   flags.rank.collective_timeout = absl::Seconds(flags.step_timeout_seconds);
   flags.rank.has_prefix_cache = !flags.has_no_prefix_cache && flags.observe_dir.empty();
   flags.rank.observes = !flags.observe_dir.empty();

@@ -87,9 +87,9 @@ CpuBackend::CpuBackend(const CpuKernels& kernels, const CpuOptions& options, int
 
 std::string CpuBackend::Description() const {
   return absl::StrCat("cpu ", isa_.name, ", ", team_.size(), team_.size() == 1 ? " thread" : " threads",
-                      activations_ == Activations::kInt8   ? absl::StrCat(", integers by ", integers_.name)
-                      : activations_ == Activations::kBF16 ? absl::StrCat(", bf16 by ", bfloat16s_.name)
-                                                           : "");
+                      !has_own_activations_                ? ""
+                      : activations_ == Activations::kInt8 ? absl::StrCat(", integers by ", integers_.name)
+                                                           : absl::StrCat(", bf16 by ", bfloat16s_.name));
 }
 
 absl::StatusOr<Backend::Floats> CpuBackend::Allocate(int64_t count) {
@@ -113,6 +113,7 @@ absl::StatusOr<std::unique_ptr<PackedMatrix>> CpuBackend::Pack(std::span<const M
                                                                const SumTree& tree) {
   RW_ASSIGN_OR_RETURN(std::unique_ptr<CpuMatrix> matrix,
                       CpuMatrix::Create(blocks, tree, activations_, bfloat16s_, team_));
+  has_own_activations_ |= matrix->activations() != Activations::kFloat;
   matmul_scratch_.Reserve(team_.size() * kMatMulScratch);
   tiled_rows_.Reserve(kMatMulRowBlock * TiledFloatsPerRow(*matrix));
   return matrix;

@@ -90,6 +90,7 @@ class CpuBackend : public Backend {
   const IntegerAttention& integer_attention_;
   const BFloat16Kernels& bfloat16s_;
   const Activations activations_;
+  bool has_own_activations_ = false;  // a matrix that was packed is not multiplied with floats
   ThreadTeam team_;
   StepIndex step_;
   std::vector<RowTile> tiles_;

@@ -34,7 +34,7 @@ struct OwnGpu {
 };
 
 absl::StatusOr<OwnGpu> FindGpu(const DeviceOptions& options) {
-  if (options.cpu.activations == kernels::Activations::kInt8) {
+  if (options.activations == kernels::Activations::kInt8) {
     return absl::InvalidArgumentError("--activations int8 is of the CPU backend");
   }
   OwnGpu own;
@@ -62,7 +62,7 @@ absl::StatusOr<Device> OpenCuda(const DeviceOptions& options, comm::Communicator
 
   Device device;
   absl::StatusOr<std::unique_ptr<kernels::Backend>> backend =
-      own->plugin->create_backend(own->gpu.index, options.cpu.activations);
+      own->plugin->create_backend(own->gpu.index, options.activations.value_or(kernels::Activations::kFloat));
   RW_RETURN_IF_ERROR(Agree(backend.status(), host, options.timeout));
   device.backend = *std::move(backend);
   device.gpu = own->gpu.index;
@@ -80,7 +80,9 @@ absl::StatusOr<Device> OpenCuda(const DeviceOptions& options, comm::Communicator
 
 absl::StatusOr<Device> OpenCpu(const DeviceOptions& options, comm::Communicator& host) {
   Device device;
-  absl::StatusOr<std::unique_ptr<kernels::Backend>> backend = kernels::CreateCpuBackend(options.cpu);
+  kernels::CpuOptions cpu = options.cpu;
+  cpu.activations = options.activations.value_or(kernels::Activations::kInt8);
+  absl::StatusOr<std::unique_ptr<kernels::Backend>> backend = kernels::CreateCpuBackend(cpu);
   RW_RETURN_IF_ERROR(Agree(backend.status(), host, options.timeout));
   device.backend = *std::move(backend);
   return device;

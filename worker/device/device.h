@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -16,8 +17,11 @@ struct DeviceOptions {
   std::string device = "auto";  // cpu, cuda, or auto: cuda where every rank can, else cpu
   bool is_gpu_sharing_allowed = false;
   std::string plugin_folder = ProgramFolder();
-  int mpi_host_rank = 0;                       // this rank's position on its host, as far as MPI knows
-  kernels::CpuOptions cpu;                     // whose activations are those of a GPU, too
+  int mpi_host_rank = 0;  // this rank's position on its host, as far as MPI knows
+  kernels::CpuOptions cpu;
+  // In place of the CPU's, on every kind of device. None: int8 on the CPU, which is of quantised weights alone, and
+  // float on a GPU.
+  std::optional<kernels::Activations> activations;
   absl::Duration timeout = absl::Seconds(60);  // for each wait for another rank
 };
 

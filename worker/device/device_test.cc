@@ -81,8 +81,20 @@ class LoggedText {
 struct RankResult {
   absl::Status status = absl::UnknownError("not called");
   std::string backend, communicator;
-  kernels::Activations activations = kernels::Activations::kFloat;  // of a matrix of bf16
+  kernels::Activations of_bf16 = {}, of_int8 = {};  // a matrix of one element, and one of eight by eight
 };
+
+kernels::Activations ActivationsOf(kernels::Backend& backend, const kernels::MatrixView& matrix) {
+  const auto packed = backend.Pack(std::span(&matrix, 1), {{0, matrix.cols}});
+  return packed.ok() ? (*packed)->activations() : kernels::Activations::kFloat;
+}
+kernels::Activations ActivationsOfQuantised(kernels::Backend& backend) {
+  const std::vector<uint32_t> words(16);
+  const auto* bytes = reinterpret_cast<const std::byte*>(words.data());
+  const kernels::GroupedMatrix matrix{
+      .qweight = bytes, .qzeros = bytes, .scales = bytes, .n_out = 8, .n_in = 8, .bits = 8, .group_size = 8};
+  return ActivationsOf(backend, {.dtype = kernels::DType::kInt8, .rows = 8, .cols = 8, .grouped = &matrix});
+}
 
 // OpenDevice on `size` ranks of one host, with GPUs of these names to be seen.
 std::vector<RankResult> Open(int size, const std::string& gpus, const DeviceOptions& options) {
@@ -100,11 +112,12 @@ std::vector<RankResult> Open(int size, const std::string& gpus, const DeviceOpti
         const absl::StatusOr<Device> device = OpenDevice(own, *hosts[rank]);
         results[rank].status = device.status();
         if (!device.ok()) return;
-        results[rank].backend = device->backend->Description();
         results[rank].communicator = device->communicator(*hosts[rank]).Description();
         constexpr uint16_t kOne = 0x3f80;
         const kernels::MatrixView one{reinterpret_cast<const std::byte*>(&kOne), kernels::DType::kBF16, 1, 1, 1};
-        results[rank].activations = device->backend->Pack(std::span(&one, 1), {{0, 1}}).value()->activations();
+        results[rank].of_bf16 = ActivationsOf(*device->backend, one);
+        results[rank].of_int8 = ActivationsOfQuantised(*device->backend);
+        results[rank].backend = device->backend->Description();
       });
     }
   }
@@ -146,7 +159,7 @@ TEST(DeviceTest, Int8ActivationsAreOfTheCpu) {
   PluginFolder folder("int8");
   folder.With(kFakeCuda, kernels::kCudaPluginFile).With(kFakeNccl, kNcclPluginFile);
   DeviceOptions options{.device = "cuda", .plugin_folder = folder.path()};
-  options.cpu.activations = kernels::Activations::kInt8;
+  options.activations = kernels::Activations::kInt8;
   for (const RankResult& rank : Open(2, "a,b", options)) {
     EXPECT_EQ(rank.status, absl::InvalidArgumentError("--device cuda: --activations int8 is of the CPU backend"));
   }
@@ -159,16 +172,31 @@ TEST(DeviceTest, Int8ActivationsAreOfTheCpu) {
   EXPECT_THAT(log.text(), HasSubstr("--device auto takes the CPU: --activations int8 is of the CPU backend"));
 }
 
+TEST(DeviceTest, ByThemselvesQuantisedWeightsMeetInt8OnTheCpuAlone) {
+  PluginFolder folder("auto");
+  folder.With(kFakeCuda, kernels::kCudaPluginFile).With(kFakeNccl, kNcclPluginFile);
+  for (const RankResult& rank : Open(1, "a", {.device = "cpu", .plugin_folder = folder.path()})) {
+    EXPECT_EQ(rank.of_bf16, kernels::Activations::kFloat);
+    EXPECT_EQ(rank.of_int8, kernels::Activations::kInt8);
+    EXPECT_THAT(rank.backend, HasSubstr("integers by "));
+  }
+  for (const RankResult& rank : Open(1, "a", {.device = "auto", .plugin_folder = folder.path()})) {
+    EXPECT_EQ(rank.of_bf16, kernels::Activations::kFloat);
+    EXPECT_EQ(rank.of_int8, kernels::Activations::kFloat);
+    EXPECT_THAT(rank.backend, StartsWith("reference"));
+  }
+}
+
 TEST(DeviceTest, BFloat16ActivationsAreOfBothKinds) {
   PluginFolder folder("bf16");
   folder.With(kFakeCuda, kernels::kCudaPluginFile).With(kFakeNccl, kNcclPluginFile);
   for (const char* name : {"cpu", "cuda"}) {
     DeviceOptions options{.device = name, .plugin_folder = folder.path()};
     for (const auto activations : {kernels::Activations::kFloat, kernels::Activations::kBF16}) {
-      options.cpu.activations = activations;
+      options.activations = activations;
       for (const RankResult& rank : Open(2, "a,b", options)) {
         EXPECT_EQ(rank.status, absl::OkStatus());
-        EXPECT_EQ(rank.activations, activations) << name;
+        EXPECT_EQ(rank.of_bf16, activations) << name;
       }
     }
   }
