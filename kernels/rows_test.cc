@@ -109,7 +109,7 @@ TEST_P(RowsTest, EmbedReadsEveryDtypeAndRefusesForeignTokens) {
     const DType dtype = std::array{DType::kF32, DType::kF16, DType::kBF16}[i % 3];
     const bool is_kept = i >= 3;
     for (int64_t width : kWidths) {
-      const HostMatrix table(random.Floats(7 * width), 7, dtype);
+      const HostMatrix table(random.Floats(7 * width), 7, dtype), other(random.Floats(7 * width), 7, dtype);
       Step step = PlainStep(20);
       for (int32_t& token : step.tokens()) token = random.Int(0, 6);
       if (is_kept) {
@@ -120,6 +120,8 @@ TEST_P(RowsTest, EmbedReadsEveryDtypeAndRefusesForeignTokens) {
       ASSERT_TRUE(backend->Embed(table.view(), x.data()).ok());
       EXPECT_TRUE(x.BandsAreIntact());
       for (int64_t j = 0; j < 20 * width; ++j) ASSERT_EQ(x.data()[j], table.at(step.tokens()[j / width], j % width));
+      ASSERT_TRUE(backend->Embed(other.view(), x.data()).ok());
+      for (int64_t j = 0; j < 20 * width; ++j) ASSERT_EQ(x.data()[j], other.at(step.tokens()[j / width], j % width));
       for (int32_t token : {-1, 7}) {
         step.tokens()[3] = token;
         const absl::Status status = backend->Embed(table.view(), x.data());
