@@ -197,12 +197,27 @@ TEST_F(SchedulerTest, PlansTheNextStepWhileOneIsOpen) {
   CompleteAhead();
   EXPECT_EQ(PlanAhead(), "1[7,8) token of row 0; 3[5,6) token of row 2") << "2 gets its last token";
   Remove(2);
-  Remove(3);  // its row is under way
   CompleteAhead();
-  EXPECT_EQ(PlanAhead(), "clear 1 2; 1[8,9) blocks 4 token of row 0");
+  EXPECT_EQ(PlanAhead(), "clear 1; 1[8,9) blocks 2 token of row 0; 3[6,7) token of row 1") << "rows close up";
+  Remove(1);  // its row is under way
+  CompleteAhead();
+  EXPECT_EQ(PlanAhead(), "clear 0; 3[7,8) token of row 1");
   CompleteAhead();
   Complete();
-  EXPECT_EQ(Step(), "1[9,10) token") << "and one step at a time again";
+  EXPECT_EQ(Step(), "3[8,9) blocks 1 token") << "and one step at a time again";
+}
+
+// A token that ends its sequence does not come back from the step, and the caller removes it when it gets there.
+TEST_F(SchedulerTest, PlansNothingAheadOfWhoEndedAndIsStillThere) {
+  Start(Defaults());
+  for (const int32_t id : {1, 2}) Admit(id, 4);
+  Plan();
+  EXPECT_EQ(PlanAhead(), "1[4,5) blocks 2 token of row 0; 2[4,5) blocks 3 token of row 1");
+  scheduler_->CompleteStep(std::vector<Scheduler::Token>{{SequenceId{1}, 7}});
+  scheduler_->CheckInvariants();
+  EXPECT_EQ(PlanAhead(), "none");
+  Remove(2);
+  EXPECT_EQ(PlanAhead(), "clear 1; 1[5,6) token of row 0");
 }
 
 TEST_F(SchedulerTest, PlansNothingAheadThatTheTokensCouldChange) {
@@ -247,6 +262,26 @@ TEST_F(SchedulerTest, PlansNothingAheadThatTheTokensCouldChange) {
   Plan();
   scheduler_->Preempt(SequenceId{1});
   EXPECT_EQ(PlanAhead(), "none") << "who runs has to yield";
+
+  // 2 leaves with its last token, so that 3, who has no room yet, may enter.
+  Start(small);
+  Admit(1, 6);
+  ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{2}, .tokens = {5}, .max_tokens = 2}).ok());
+  Plan();
+  EXPECT_NE(PlanAhead(), "none") << "nobody waits";
+  Start(small);
+  Admit(1, 6);
+  ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{2}, .tokens = {5}, .max_tokens = 2}).ok());
+  Plan();
+  Admit(3, 36);
+  EXPECT_EQ(PlanAhead(), "none");
+
+  small.block_count = 3;
+  small.max_positions = 12;
+  Start(small);
+  for (const int32_t id : {1, 2}) Admit(id, 4);
+  EXPECT_EQ(Plan(), "1[0,4) blocks 0 token; 2[0,4) blocks 1 token");
+  EXPECT_EQ(PlanAhead(), "none") << "one block for two";
 
   small = Defaults();
   small.block_count = 2;
@@ -536,6 +571,16 @@ TEST_F(SpeculationTest, NoMoreThanTheSequenceWants) {
     Plan();
     EXPECT_EQ(planned_[0].drafts, most);
   }
+}
+
+// The token behind its only draft is the last, so that the next step has none.
+TEST_F(SpeculationTest, NothingIsPlannedAheadOfDrafts) {
+  Start(Speculating());
+  ASSERT_TRUE(scheduler_->Admit({.id = SequenceId{1}, .tokens = {1, 2, 3, 4, 5, 6, 1, 2}, .max_tokens = 11}).ok());
+  Plan();
+  Complete(3);
+  EXPECT_EQ(Plan(), "1[8,10) blocks 2 all logits drafts 4");
+  EXPECT_EQ(PlanAhead(), "none");
 }
 
 TEST_F(SpeculationTest, NeverBeyondMaxTokens) {
