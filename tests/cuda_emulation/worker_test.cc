@@ -140,6 +140,35 @@ TEST(CudaDrawTest, TokensAreDrawnWhereTheLogitsAre) {
   for (const auto& [id, result] : results) EXPECT_EQ(result.tokens, expected.at(id).tokens);
 }
 
+// Nobody is told that tokens have come which a late GPU has yet to draw and to send.
+TEST(CudaDrawTest, TokensHaveComeWhenTheyAreThere) {
+  constexpr int32_t kVocab = 50;
+  const auto made = kernels::CreateCudaBackend({});
+  ASSERT_TRUE(made.ok()) << made.status();
+  kernels::Backend& backend = **made;
+  std::vector<float> host(kVocab);
+  host[7] = 1;
+  const kernels::Backend::Floats logits = *backend.Allocate(kVocab);
+  ASSERT_EQ(backend.CopyToDevice(host, logits.get()), absl::OkStatus());
+  const std::unique_ptr<kernels::DrawnTokens> drawn = *backend.CreateDrawnTokens(1);
+  const std::vector<kernels::DrawRule> greedy = {{.temperature = 0}};
+  cuda_emulation::SetStreamsLate(true);
+  for (int round = 0; round < 2; ++round) {
+    ASSERT_EQ(drawn->Draw(0, logits.get(), greedy, kVocab), absl::OkStatus());
+    ASSERT_EQ(drawn->Send(1), absl::OkStatus());
+    EXPECT_FALSE(*drawn->HasCome());
+    if (round == 0) {
+      while (!*drawn->HasCome()) {
+      }
+    }
+    const auto taken = drawn->Take();
+    ASSERT_EQ(taken.status(), absl::OkStatus());
+    EXPECT_EQ(std::vector(taken->begin(), taken->end()), std::vector{7});
+    EXPECT_TRUE(*drawn->HasCome());
+  }
+  cuda_emulation::SetStreamsLate(false);
+}
+
 // Whatever a step needs beside weights and cache: rows of prompts, of decoding sequences and of drafts alike.
 TEST(CudaPlanTest, AStepIsOneCopyToTheDevice) {
   engine::RankOptions options;

@@ -10,6 +10,7 @@
 #include <random>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "tests/nccl_emulation/nccl_emulation.h"
 #include "worker/comm/nccl_sum.h"
 
@@ -195,6 +196,36 @@ TEST_F(NcclCommunicatorTest, WaitsUntilItIsTold) {
     const absl::Status late = group.on_stream()->WaitUntil([] { return false; }, kShort);
     EXPECT_EQ(late.code(), absl::StatusCode::kDeadlineExceeded) << late;
     EXPECT_EQ(group.Wait(kTimeout), late);
+  });
+}
+
+TEST_F(NcclCommunicatorTest, WhatIsAskedMayFailToo) {
+  RunTwo([](Communicator& group) {
+    const absl::Status failed = group.on_stream()->WaitUntil([] { return absl::InternalError("no event"); }, kTimeout);
+    EXPECT_EQ(failed, absl::InternalError(absl::StrCat("rank ", group.rank(), ": AllReduceSum: no event")));
+    EXPECT_EQ(group.Wait(kTimeout), failed);
+  });
+}
+
+// An error that NCCL has of a step that runs ends the wait for it, long before the deadline.
+TEST_F(NcclCommunicatorTest, WaitingHearsOfAnErrorInTheBackground) {
+  RunTwo([&](Communicator& group) {
+    if (group.rank() == 1) return;
+    const cudaStream_t stream = streams_[0];
+    DeviceFloats memory(4);
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    EXPECT_EQ(group.AllReduceSum(memory.values, kTimeout), absl::OkStatus());
+    cudaGraph_t graph = nullptr;
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    cudaGraphExec_t executable = nullptr;
+    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    nccl_emulation::FailCall(1, ncclRemoteError);
+    ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+    const absl::Status failed = group.on_stream()->WaitUntil([] { return false; }, kTimeout);
+    EXPECT_EQ(failed, absl::InternalError("rank 0: AllReduceSum: ncclCommGetAsyncError: remote process exited"));
+    EXPECT_EQ(group.Wait(kTimeout), failed);
+    EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
   });
 }
 
