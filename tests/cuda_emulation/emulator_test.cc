@@ -20,6 +20,7 @@ using kernels::cuda::Load16;
 using kernels::cuda::MultiplyTerms;
 using kernels::cuda::Shared;
 using kernels::cuda::WaitForCopies;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr unsigned kAll = 0xffffffff;
@@ -285,30 +286,44 @@ TEST_F(EmulatorTest, ReplaysWhatWasCaptured) {
 }
 
 TEST_F(EmulatorTest, LateStreamsDoWhatIsWaitedFor) {
-  int number = 1, first = 0, second = 0;
+  int number = 1, copies[3] = {};
   cudaEvent_t event = nullptr;
+  void* memory = nullptr;
   ASSERT_EQ(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), cudaSuccess);
   EXPECT_EQ(cudaEventQuery(event), cudaSuccess) << "never recorded";
+  ASSERT_EQ(cudaMalloc(&memory, 64), cudaSuccess);
   SetStreamsLate(true);
-  const auto copy = [&](int& to) {
-    EXPECT_EQ(cudaMemcpyAsync(&to, &number, sizeof number, cudaMemcpyHostToDevice, stream_), cudaSuccess);
+  // Three copies of `value`, and the event behind the second.
+  const auto give = [&](int value) {
+    number = value;
+    for (int i = 0; i < 3; ++i) {
+      if (i == 2) {
+        ASSERT_EQ(cudaEventRecord(event, stream_), cudaSuccess);
+      }
+      ASSERT_EQ(cudaMemcpyAsync(&copies[i], &number, sizeof number, cudaMemcpyHostToDevice, stream_), cudaSuccess);
+    }
   };
-  copy(first);
-  EXPECT_EQ(cudaEventRecord(event, stream_), cudaSuccess);
-  copy(second);
-  EXPECT_EQ(first, 0);
+  give(1);
+  EXPECT_THAT(copies, ElementsAre(0, 0, 0));
   number = 2;
-  EXPECT_EQ(cudaEventQuery(event), cudaErrorNotReady);
   EXPECT_EQ(cudaEventSynchronize(event), cudaSuccess);
+  EXPECT_THAT(copies, ElementsAre(2, 2, 0)) << "was overwritten before it was sent";
   EXPECT_EQ(cudaEventQuery(event), cudaSuccess);
-  EXPECT_EQ(first, 2) << "was overwritten before it was sent";
-  EXPECT_EQ(second, 0);
   EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
-  EXPECT_EQ(second, 2);
-  copy(first);
-  number = 3;
+  EXPECT_THAT(copies, ElementsAre(2, 2, 2));
+
+  give(3);
+  EXPECT_EQ(cudaEventQuery(event), cudaErrorNotReady);
+  EXPECT_THAT(copies, ElementsAre(3, 2, 2)) << "asking does a little";
+  EXPECT_EQ(cudaEventQuery(event), cudaErrorNotReady);
+  EXPECT_EQ(cudaEventQuery(event), cudaSuccess);
+  EXPECT_THAT(copies, ElementsAre(3, 3, 2));
+  EXPECT_EQ(cudaFree(memory), cudaSuccess);
+  EXPECT_THAT(copies, ElementsAre(3, 3, 3));
+
+  give(4);
   SetStreamsLate(false);
-  EXPECT_EQ(first, 3);
+  EXPECT_THAT(copies, ElementsAre(4, 4, 4));
   EXPECT_EQ(cudaEventDestroy(event), cudaSuccess);
 }
 
