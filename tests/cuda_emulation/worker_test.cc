@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
@@ -56,48 +57,59 @@ class CudaWorkerTest : public ::testing::TestWithParam<const char*> {
     return requests;
   }
 
-  std::map<SequenceId, Result> OnCpu(int tp) const {
-    auto group = ThreadGroup::Start(Options(tp), tp);
+  std::map<SequenceId, Result> OnCpu(int tp, kernels::Activations activations) const {
+    const auto make = [activations](int) {
+      return kernels::CreateCpuBackend({.threads = 1, .pin_threads = false, .activations = activations});
+    };
+    auto group = ThreadGroup::Start(Options(tp), tp, make);
     EXPECT_TRUE(group.ok()) << group.status();
     return RunAll((*group)->engine(), Requests());
   }
-  std::map<SequenceId, Result> OnCuda(int tp) const {
-    return RunAll(StartOnCuda(Options(tp), tp)->engine(), Requests());
+  std::map<SequenceId, Result> OnCuda(int tp, kernels::Activations activations) const {
+    return RunAll(StartOnCuda(Options(tp), tp, {.activations = activations})->engine(), Requests());
+  }
+
+  // Sums differ in their last bits; where K or V, or what is rounded to bf16, lie that near to a rounding they are
+  // stored a step apart, so that such formats differ by more than f32 does. Where the two likeliest tokens are that
+  // near to each other, texts may part. Returns the tokens at tp 1 and 2.
+  std::array<std::vector<int32_t>, 2> ExpectWhatTheCpuGenerates(kernels::Activations activations, double bound) const {
+    constexpr size_t kLogprobs = 3;  // of a token, and of the two likeliest
+    double worst = 0;
+    size_t alike = 0;
+    std::array<std::vector<int32_t>, 2> tokens;
+    for (const int tp : {1, 2}) {
+      const auto expected = OnCpu(tp, activations), results = OnCuda(tp, activations);
+      for (const auto& [id, result] : results) {
+        const Result& other = expected.at(id);
+        EXPECT_EQ(result.error, absl::OkStatus());
+        EXPECT_EQ(result.tokens.size(), other.tokens.size());
+        EXPECT_EQ(result.logprobs.size(), kLogprobs * result.tokens.size());
+        EXPECT_EQ(other.logprobs.size(), result.logprobs.size());
+        if (::testing::Test::HasFailure()) return tokens;
+        auto& all = tokens[tp - 1];
+        all.insert(all.end(), result.tokens.begin(), result.tokens.end());
+        for (size_t i = 0; i < result.tokens.size(); ++i) {
+          const float *logprobs = &result.logprobs[kLogprobs * i], *others = &other.logprobs[kLogprobs * i];
+          for (size_t j = 0; j < kLogprobs; ++j) worst = std::max<double>(worst, std::fabs(logprobs[j] - others[j]));
+          if (result.tokens[i] != other.tokens[i]) {
+            EXPECT_LE(others[1] - others[2], 2 * bound) << "tp " << tp << ", token " << i;
+            break;
+          }
+          ++alike;
+        }
+      }
+    }
+    EXPECT_GE(alike, 30u);  // of 36
+    EXPECT_LE(worst, bound);
+    RecordProperty("worst_logprob_difference", std::to_string(worst));
+    return tokens;
   }
 
   const WideScales scales_{{1, 2}};
 };
 
-// Sums differ in their last bits; where K or V lie that near to a rounding they are stored a step apart, so that
-// quantised formats differ by more than f32 does. Where the two likeliest tokens are that near to each other, texts may
-// part.
 TEST_P(CudaWorkerTest, GeneratesWhatTheCpuDoesAtTp1And2) {
-  constexpr size_t kLogprobs = 3;  // of a token, and of the two likeliest
-  const double bound = std::string(GetParam()) == "f32" ? 1e-4 : 2e-2;
-  double worst = 0;
-  size_t alike = 0;
-  for (const int tp : {1, 2}) {
-    const auto expected = OnCpu(tp), results = OnCuda(tp);
-    for (const auto& [id, result] : results) {
-      const Result& other = expected.at(id);
-      EXPECT_EQ(result.error, absl::OkStatus());
-      ASSERT_EQ(result.tokens.size(), other.tokens.size());
-      ASSERT_EQ(result.logprobs.size(), kLogprobs * result.tokens.size());
-      ASSERT_EQ(other.logprobs.size(), result.logprobs.size());
-      for (size_t i = 0; i < result.tokens.size(); ++i) {
-        const float *logprobs = &result.logprobs[kLogprobs * i], *others = &other.logprobs[kLogprobs * i];
-        for (size_t j = 0; j < kLogprobs; ++j) worst = std::max<double>(worst, std::fabs(logprobs[j] - others[j]));
-        if (result.tokens[i] != other.tokens[i]) {
-          EXPECT_LE(others[1] - others[2], 2 * bound) << "tp " << tp << ", token " << i;
-          break;
-        }
-        ++alike;
-      }
-    }
-  }
-  EXPECT_GE(alike, 30u);  // of 36
-  EXPECT_LE(worst, bound);
-  RecordProperty("worst_logprob_difference", std::to_string(worst));
+  ExpectWhatTheCpuGenerates(kernels::Activations::kFloat, std::string(GetParam()) == "f32" ? 1e-4 : 2e-2);
 }
 
 // Whatever shares a step, and however a prompt is cut into chunks.
@@ -119,6 +131,11 @@ TEST_P(CudaWorkerBatchTest, AloneOrInABatchIsTheSameToTheBit) { ExpectAloneIsAsI
 class CudaBFloat16Test : public CudaWorkerBatchTest {};
 TEST_P(CudaBFloat16Test, AloneOrInABatchIsTheSameToTheBit) {
   ExpectAloneIsAsInABatch({.activations = kernels::Activations::kBF16});
+}
+
+TEST_P(CudaBFloat16Test, GeneratesWhatTheCpuDoesAndTheSameAtTp1And2) {
+  const auto tokens = ExpectWhatTheCpuGenerates(kernels::Activations::kBF16, 1e-2);
+  EXPECT_EQ(tokens[0], tokens[1]);
 }
 
 TEST(CudaBackendTest, HasNoInt8Activations) {
