@@ -1,13 +1,17 @@
-// What a worker says of a device it cannot have.
+// What a worker, and the programs that start one, say of a device that is not there.
 
 #include <dlfcn.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/program_folder.h"
 #include "launch/child_process.h"
 #include "tests/e2e/serving.h"
@@ -17,6 +21,16 @@ namespace {
 
 using testing::HasSubstr;
 using testing::Not;
+
+// With the plug-in built, and without.
+MATCHER(SaysOnceThatThereIsNoCuda, "") {
+  *result_listener << arg;
+  const size_t place = arg.find("--device cuda: ");
+  const absl::string_view words = absl::string_view(arg).substr(std::min(place, arg.size()));
+  return arg.rfind("--device cuda:") == place &&
+         (absl::StartsWith(words, "--device cuda: this machine has no NVIDIA driver: libcuda.so.1") ||
+          absl::StartsWith(words, "--device cuda: this build has no CUDA backend"));
+}
 
 struct Ended {
   int code = -1;
@@ -55,10 +69,7 @@ TEST(WorkerDeviceTest, CudaThatIsNotThereIsRefusedOnceAndWithExitCode2) {
   for (const int ranks : {1, 2}) {
     const Ended ended = RunWorkers(ranks, "cuda");
     EXPECT_EQ(ended.code, 2) << ended.log;
-    // The second with the plug-in built, the first without.
-    EXPECT_THAT(ended.log, testing::AnyOf(HasSubstr("--device cuda: this build has no CUDA backend"),
-                                          HasSubstr("--device cuda: this machine has no NVIDIA driver: libcuda.so.1")));
-    EXPECT_EQ(ended.log.find("--device cuda:"), ended.log.rfind("--device cuda:")) << ended.log;
+    EXPECT_THAT(ended.log, SaysOnceThatThereIsNoCuda());
   }
 }
 
@@ -75,6 +86,56 @@ TEST(WorkerDeviceTest, AnUnknownDeviceIsRefused) {
   const Ended ended = RunWorkers(1, "gpu");
   EXPECT_EQ(ended.code, 2);
   EXPECT_THAT(ended.log, HasSubstr("--device gpu is not one of auto, cpu, cuda"));
+}
+
+class ProgramDeviceTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (HasDriver()) GTEST_SKIP() << "this machine has an NVIDIA driver";
+    std::ofstream(question_) << R"({"custom_id": "a", "method": "POST", "url": "/v1/completions", )"
+                             << R"("body": {"prompt": "Once", "max_tokens": 4, "temperature": 0}})"
+                             << "\n";
+  }
+
+  std::vector<std::string> Batch(const std::string& device) const {
+    return {"batch",   DemoModel(), "--device", device,  "--threads",   "1",
+            "--input", question_,   "--output", answer_, "--log-level", "info"};
+  }
+  std::string Answer() const {
+    std::ifstream file(answer_);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+
+  const std::string question_ = ScratchFolder() + "/question.jsonl", answer_ = ScratchFolder() + "/answer.jsonl";
+};
+
+TEST_F(ProgramDeviceTest, CudaThatIsNotThereEndsEveryProgramInWords) {
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"serve", DemoModel(), "--listen", "127.0.0.1:0", "--device", "cuda"},
+        {"serve", DemoModel(), "--listen", "127.0.0.1:0", "--device", "cuda", "--tp", "2"},
+        {"bench", "engine", "--model", DemoModel(), "--device", "cuda"},
+        {"bench", "kernels", "--device", "cuda"},
+        Batch("cuda")}) {
+    SCOPED_TRACE(absl::StrJoin(arguments, " "));
+    const auto ended = RunProgram("rankwise", arguments);
+    ASSERT_TRUE(ended.ok()) << ended.status();
+    EXPECT_EQ(ended->state.code, 2) << ended->log;
+    EXPECT_THAT(ended->log, SaysOnceThatThereIsNoCuda());
+  }
+  EXPECT_EQ(Answer(), "");
+}
+
+TEST_F(ProgramDeviceTest, AutoAnswersOnTheCpu) {
+  const auto batch = RunProgram("rankwise", Batch("auto"));
+  ASSERT_TRUE(batch.ok()) << batch.status();
+  EXPECT_TRUE(batch->state.is_success()) << batch->log;
+  EXPECT_THAT(batch->log, HasSubstr("--device auto takes the CPU: this "));
+  EXPECT_THAT(Answer(), HasSubstr("\"completion_tokens\":4"));
+  const auto bench = RunProgram("rankwise", {"bench", "engine", "--model", DemoModel(), "--device", "auto", "--threads",
+                                             "1", "--prompt", "4", "--depth", "4", "--steps", "2", "--repeats", "1"});
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  EXPECT_TRUE(bench->state.is_success()) << bench->log;
+  EXPECT_THAT(bench->log, HasSubstr("demo_model, cpu avx"));
 }
 
 }  // namespace
