@@ -4,9 +4,14 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <thread>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "launch/bench_engine.h"
 #include "tests/cuda_emulation/emulator.h"
 #include "tests/support/thread_group.h"
 #include "tests/support/wide_scales.h"
@@ -165,6 +170,54 @@ TEST_P(CudaAheadTest, GivesTheTokensOfOneStepAtATime) {
   }
 }
 
+// The benchmark of decoding takes the way of serving: a step is issued before the tokens of the one before have come.
+class CudaBenchTest : public CudaGroupTest {
+ protected:
+  // The record that rank 0 keeps.
+  static launch::BenchRecord Bench(int tp, bool looks_up_drawn) {
+    const std::string file = ::testing::TempDir() + "cuda_bench.json";
+    const auto hosts = comm::CreateThreadCommunicators(tp);
+    {
+      std::vector<std::jthread> ranks;
+      for (int r = 0; r < tp; ++r) {
+        ranks.emplace_back([&, r] {
+          device::Device own;
+          own.backend = *kernels::CreateCudaBackend({.device = r, .looks_up_drawn = looks_up_drawn});
+          if (tp > 1) {
+            own.device_communicator =
+                *comm::CreateNcclCommunicator(*hosts[r], r, kernels::CudaStreamOf(*own.backend), absl::Seconds(60));
+          }
+          launch::EngineFlags flags{.batches = {1, 3}, .depth = 15, .prompt = 40, .steps = 4, .repeats = 1};
+          flags.record.save = r == 0 ? file : "";
+          launch::RankFlags rank{.rank = Options(tp)};
+          rank.device.cpu.threads = 1;  // whose limits the emulated GPU is held against
+          EXPECT_EQ(launch::BenchEngine(rank, flags, own, own.communicator(*hosts[r])), absl::OkStatus());
+        });
+      }
+    }
+    std::ifstream saved(file);
+    const auto record = launch::ParseRecord({std::istreambuf_iterator<char>(saved), {}});
+    EXPECT_EQ(record.status(), absl::OkStatus());
+    return record.value_or(launch::BenchRecord());
+  }
+};
+
+TEST_P(CudaBenchTest, DecodesAStepAhead) {
+  for (const int tp : {1, 2}) {
+    for (const bool looks_up_drawn : {false, true}) {
+      SCOPED_TRACE(absl::StrCat("tp ", tp, looks_up_drawn ? ", ahead" : ""));
+      const launch::BenchRecord record = Bench(tp, looks_up_drawn);
+      EXPECT_EQ(absl::EndsWith(record.subject, ", decode issued a step ahead"), looks_up_drawn) << record.subject;
+      for (const std::string work : {"prefill 40", "decode batch 1 depth 15", "decode batch 3 depth 15"}) {
+        const auto figure = std::ranges::find_if(
+            record.figures, [&](const launch::Figure& f) { return f.name == work && f.unit == "tokens/s"; });
+        ASSERT_NE(figure, record.figures.end()) << work;
+        EXPECT_GT(figure->value, 0) << work;
+      }
+    }
+  }
+}
+
 class CudaLateTest : public CudaAheadTest {};
 
 // Where the device is late, what is read before it came or sent before it was read shows.
@@ -204,6 +257,7 @@ std::string NameOf(const ::testing::TestParamInfo<const char*>& info) {
   return name;
 }
 INSTANTIATE_TEST_SUITE_P(KvFormats, CudaGroupTest, ::testing::Values("f16"), NameOf);
+INSTANTIATE_TEST_SUITE_P(KvFormats, CudaBenchTest, ::testing::Values("f16"), NameOf);
 INSTANTIATE_TEST_SUITE_P(KvFormats, CudaLateTest, ::testing::Values("f16"), NameOf);
 INSTANTIATE_TEST_SUITE_P(KvFormats, CudaAheadTest,
                          ::testing::Values("f32", "f16", "int8", "int8-head", "int8-channel", "int8-online",
