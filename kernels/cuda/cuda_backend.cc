@@ -2,13 +2,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <bit>
-#include <compare>
 #include <cstring>
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -18,6 +16,7 @@
 #include "kernels/cuda/cuda_matrix.h"
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/device_step.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/kv_layout.h"
 #include "kernels/cuda/profiler_range.h"
@@ -36,14 +35,6 @@ constexpr int64_t kMostPartials = int64_t{16} << 20;
 constexpr int32_t kMostRecordedRows = 64;
 constexpr size_t kMostRecordings = 128;
 
-int64_t RoundUpTo8(int64_t bytes) { return (bytes + 7) / 8 * 8; }
-
-// All that the launches of a step depend on beside the numbers in device memory.
-struct StepShape {
-  int64_t row_count, tile_count, split_bound;
-  auto operator<=>(const StepShape&) const = default;
-};
-
 class CudaBackend : public Backend {
  public:
   CudaBackend(const CudaOptions& options, const cudaDeviceProp& properties, Stream stream)
@@ -56,7 +47,8 @@ class CudaBackend : public Backend {
                                   properties.minor, ", ", properties.multiProcessorCount, " multiprocessors",
                                   activations_ == Activations::kBF16 ? ", bf16 by tensor cores" : "")),
         stream_(std::move(stream)),
-        team_(ThreadTeam::AllowedCpuCount(), /*pin_threads=*/false) {}
+        team_(ThreadTeam::AllowedCpuCount(), /*pin_threads=*/false),
+        step_(stream_.get()) {}
   ~CudaBackend() override { cudaSetDevice(device_); }
 
   std::string Description() const override { return description_; }
@@ -156,28 +148,6 @@ class CudaBackend : public Backend {
     task.row_count = step_.row_count();
     return CudaStatus(cuda::AddAndNorm(task, stream()), name);
   }
-  // Of the step's rows: cos [rows, half], then sin.
-  void WriteAngles(const RopeTable& rope, float* to) const;
-  void CheckAngles(const RopeTable& rope) const;
-  void BuildTiles(int group);
-  void CheckPicked(std::span<const int32_t> picked) const;
-  // Where `values` lie on the device: in the plan, if they are a piece of what came with it, else sent alone.
-  template <typename T>
-  absl::StatusOr<const T*> OnDevice(std::span<const T> values, std::span<const T> of_plan, const T* plan_on_device,
-                                    Staging& alone) {
-    if (values.data() >= of_plan.data() && values.data() + values.size() <= of_plan.data() + of_plan.size()) {
-      return plan_on_device + (values.data() - of_plan.data());
-    }
-    const auto bytes = static_cast<int64_t>(values.size_bytes());
-    RW_ASSIGN_OR_RETURN(std::byte * memory, alone.Reserve(bytes));
-    std::memcpy(memory, values.data(), bytes);
-    RW_RETURN_IF_ERROR(alone.Send(bytes, stream()));
-    return reinterpret_cast<const T*>(alone.device());
-  }
-  absl::Status SendAngles(const RopeTable& rope);
-  absl::Status SendTiles(int group);
-  // At least as many splits as any tile's windows reach into, and the same number for steps of one shape.
-  int64_t SplitBound(int32_t sliding_window) const;
   absl::Status IssueDraw(int32_t* ids, const float* logits, std::span<const DrawRule> rules, int32_t vocab_size);
   absl::Status Observe(const float* qkv, const AttentionShape& shape, KvObservation& observation);
 
@@ -188,121 +158,28 @@ class CudaBackend : public Backend {
   const std::string description_;
   const Stream stream_;
   ThreadTeam team_;  // packs
-  StepIndex step_;
-
-  // Of the step, in one copy: tiles, angles, position [rows], block [rows], block tables, rules, tokens [rows], picked
-  // rows. Where an op asks for others than the step said, these come alone.
-  Staging plan_, other_tiles_, other_angles_, other_rows_, other_picked_, other_rules_;
-  const cuda::AttentionTile* tiles_on_device_ = nullptr;
-  const float* angles_on_device_ = nullptr;
-  const int32_t *position_on_device_ = nullptr, *block_on_device_ = nullptr, *tables_on_device_ = nullptr;
-  const DrawRule* rules_on_device_ = nullptr;
-  const int32_t *tokens_on_device_ = nullptr, *picked_on_device_ = nullptr;
-  const RopeTable* angles_of_ = nullptr;  // whose angles are there
-  int tiles_of_ = 0;                      // the group whose tiles are there
-  std::vector<cuda::AttentionTile> tiles_;
-  std::vector<int32_t> table_begin_;  // [segments], in the plan's tables
-  int64_t split_bound_ = 0;
-
-  int64_t moves_ = 0;  // of memory that launches name
+  DeviceStep step_;
 
   int64_t step_count_ = 0;
   std::optional<ProfilerRange> step_range_, layer_range_;
 
   const std::byte* kept_table_ = nullptr;  // where it lies on the host
   DeviceMemory kept_rows_;
+  Staging other_rows_;  // of a table that was not kept
   ReadBack drawn_;
   DeviceMemory weights_;  // of Draw
   int64_t weights_capacity_ = 0;
   DeviceMemory partials_;
   int64_t partials_capacity_ = 0;
+  int64_t moves_ = 0;            // of partials_
   std::vector<float> observed_;  // host: qkv
 };
 
-void CudaBackend::WriteAngles(const RopeTable& rope, float* to) const {
-  const int64_t half = rope.rotary_dim / 2;
-  for (const auto* table : {&rope.cos, &rope.sin}) {
-    for (int64_t row = 0; row < step_.row_count(); ++row) {
-      to = std::copy_n(table->data() + step_.position(row) * half, half, to);
-    }
-  }
-}
-
-void CudaBackend::CheckPicked(std::span<const int32_t> picked) const {
-  for (const int32_t row : picked) RW_CHECK(row >= 0 && row < step_.row_count(), absl::StrCat("picked row ", row));
-}
-
-void CudaBackend::BuildTiles(int group) {
-  tiles_.clear();
-  const StepRows& rows = step_.rows();
-  int32_t last = 0;
-  for (int32_t s = 0; s < rows.segment_count(); ++s) {
-    const int32_t count = rows.row_begin[s + 1] - rows.row_begin[s], vectors = count * group;
-    last = std::max(last, rows.first_position[s] + count - 1);
-    for (int32_t v = 0; v < vectors; v += cuda::kTileVectors) {
-      tiles_.push_back({.row_begin = rows.row_begin[s],
-                        .first_position = rows.first_position[s],
-                        .table_begin = table_begin_[s],
-                        .vector_begin = v,
-                        .vector_count = std::min(cuda::kTileVectors, vectors - v)});
-    }
-  }
-  split_bound_ = static_cast<int64_t>(std::bit_ceil(static_cast<uint32_t>(last / cuda::kSplitTokens + 1)));
-}
-
-// What recorded ops read comes first and tables behind that, so that it lies in one place in steps of one shape.
 absl::Status CudaBackend::BeginStep(const StepRows& rows) {
   RW_RETURN_IF_ERROR(Use());
-  step_.Build(rows);
   EndStep();
   step_range_.emplace(absl::StrCat("step ", ++step_count_, ", ", rows.row_count(), " rows").c_str());
-  angles_of_ = rows.rope;
-  tiles_of_ = rows.query_group;
-  const int64_t count = step_.row_count();
-  int64_t table_blocks = 0;
-  table_begin_.clear();
-  for (const auto& table : rows.block_table) {
-    table_begin_.push_back(static_cast<int32_t>(table_blocks));
-    table_blocks += static_cast<int64_t>(table.size());
-  }
-  tiles_.clear();
-  if (tiles_of_ > 0) BuildTiles(tiles_of_);
-  const int64_t angles_at = static_cast<int64_t>(tiles_.size() * sizeof(cuda::AttentionTile));
-  const int64_t angle_count = angles_of_ == nullptr ? 0 : count * (angles_of_->rotary_dim / 2 * 2);
-  const int64_t rows_at = angles_at + angle_count * static_cast<int64_t>(sizeof(float));
-  const int64_t rules_at = RoundUpTo8(rows_at + (2 * count + table_blocks) * static_cast<int64_t>(sizeof(int32_t)));
-  const int64_t tokens_at = rules_at + static_cast<int64_t>(rows.rules.size_bytes());
-  const int64_t picked_at = tokens_at + static_cast<int64_t>(rows.tokens.size_bytes());
-  const int64_t bytes = picked_at + static_cast<int64_t>(rows.picked.size_bytes());
-
-  const std::byte* before = plan_.device();
-  RW_ASSIGN_OR_RETURN(std::byte * memory, plan_.Reserve(bytes));
-  if (plan_.device() != before) ++moves_;
-  std::ranges::copy(tiles_, reinterpret_cast<cuda::AttentionTile*>(memory));
-  if (angles_of_ != nullptr) {
-    CheckAngles(*angles_of_);
-    WriteAngles(*angles_of_, reinterpret_cast<float*>(memory + angles_at));
-  }
-  auto* to = reinterpret_cast<int32_t*>(memory + rows_at);
-  for (int64_t row = 0; row < count; ++row) {
-    to[row] = step_.position(row);
-    to[count + row] = step_.block(row);
-  }
-  to += 2 * count;
-  for (const auto& table : rows.block_table) to = std::copy(table.begin(), table.end(), to);
-  std::ranges::copy(rows.rules, reinterpret_cast<DrawRule*>(memory + rules_at));
-  std::ranges::copy(rows.tokens, reinterpret_cast<int32_t*>(memory + tokens_at));
-  CheckPicked(rows.picked);
-  std::ranges::copy(rows.picked, reinterpret_cast<int32_t*>(memory + picked_at));
-  tiles_on_device_ = reinterpret_cast<const cuda::AttentionTile*>(plan_.device());
-  angles_on_device_ = reinterpret_cast<const float*>(plan_.device() + angles_at);
-  position_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + rows_at);
-  block_on_device_ = position_on_device_ + count;
-  tables_on_device_ = block_on_device_ + count;
-  rules_on_device_ = reinterpret_cast<const DrawRule*>(plan_.device() + rules_at);
-  tokens_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + tokens_at);
-  picked_on_device_ = reinterpret_cast<const int32_t*>(plan_.device() + picked_at);
-  return plan_.Send(bytes, stream());
+  return step_.Begin(rows);
 }
 
 class CudaBackend::Recorded final : public Repeated {
@@ -312,8 +189,9 @@ class CudaBackend::Recorded final : public Repeated {
   absl::Status Run() override {
     const std::optional<StepShape> shape = backend_.RecordableShape();
     if (!shape.has_value()) return issue_();
-    if (graphs_.size() == kMostRecordings || moves_ != backend_.moves_) graphs_.clear();
-    moves_ = backend_.moves_;
+    const int64_t moves = backend_.step_.moves() + backend_.moves_;
+    if (graphs_.size() == kMostRecordings || moves_ != moves) graphs_.clear();
+    moves_ = moves;
     const auto [place, is_new] = graphs_.try_emplace(*shape);
     // The first time, memory grows and kernels are loaded, neither of which can be recorded.
     if (is_new) return issue_();
@@ -406,9 +284,8 @@ std::unique_ptr<Repeated> CudaBackend::Repeat(std::function<absl::Status()> issu
 }
 
 std::optional<StepShape> CudaBackend::RecordableShape() const {
-  const bool is_sent = tiles_of_ > 0 && angles_of_ != nullptr;  // ops will send nothing
-  if (!records_steps_ || !is_sent || step_.row_count() > kMostRecordedRows) return std::nullopt;
-  return StepShape{.row_count = step_.row_count(), .tile_count = std::ssize(tiles_), .split_bound = split_bound_};
+  if (!records_steps_ || step_.row_count() > kMostRecordedRows) return std::nullopt;
+  return step_.shape();
 }
 
 absl::Status CudaBackend::KeepTable(const EmbeddingTable& table) {
@@ -425,23 +302,23 @@ absl::Status CudaBackend::KeepTable(const EmbeddingTable& table) {
 absl::Status CudaBackend::Embed(const EmbeddingTable& table, float* x) {
   const ProfilerRange range("Embed");
   RW_RETURN_IF_ERROR(Use());
-  const auto* drawn = static_cast<const Drawn*>(step_.rows().drawn);
+  const auto* drawn = static_cast<const Drawn*>(step_.index().rows().drawn);
   if (drawn == nullptr) {
-    RW_RETURN_IF_ERROR(CheckTokens(step_.rows().tokens, table));
+    RW_RETURN_IF_ERROR(CheckTokens(step_.index().rows().tokens, table));
   } else {
     RW_CHECK(table.data == kept_table_);
-    for (const int32_t place : step_.rows().tokens) RW_CHECK(place >= 0 && place < drawn->capacity());
+    for (const int32_t place : step_.index().rows().tokens) RW_CHECK(place >= 0 && place < drawn->capacity());
   }
   cuda::WidenTask task{
       .out = x, .row_bytes = table.cols * DTypeBytes(table.dtype), .row_count = step_.row_count(), .width = table.cols};
   if (table.data == kept_table_) {
     task.rows = reinterpret_cast<const unsigned char*>(kept_rows_.get());
-    task.tokens = tokens_on_device_;
+    task.tokens = step_.tokens();
     if (drawn != nullptr) task.drawn = drawn->ids();
   } else {
     const int64_t bytes = task.row_count * task.row_bytes;
     RW_ASSIGN_OR_RETURN(std::byte * memory, other_rows_.Reserve(bytes));
-    for (const int32_t token : step_.rows().tokens) {
+    for (const int32_t token : step_.index().rows().tokens) {
       std::memcpy(memory, table.data + token * table.row_stride * DTypeBytes(table.dtype), task.row_bytes);
       memory += task.row_bytes;
     }
@@ -465,23 +342,6 @@ absl::Status CudaBackend::MatMul(float* y, const float* x, int64_t row_count, co
   return CudaStatus(cuda::MatMul(task, matrix.format(), stream()), "MatMul");
 }
 
-void CudaBackend::CheckAngles(const RopeTable& rope) const {
-  RW_CHECK(rope.rotary_dim == 0 || step_.position_end() <= rope.position_count,
-           absl::StrCat("position ", step_.position_end() - 1, " of ", rope.position_count));
-}
-
-absl::Status CudaBackend::SendAngles(const RopeTable& rope) {
-  if (angles_of_ == &rope) return absl::OkStatus();
-  CheckAngles(rope);
-  const int64_t bytes = step_.row_count() * (rope.rotary_dim / 2 * 2) * static_cast<int64_t>(sizeof(float));
-  RW_ASSIGN_OR_RETURN(std::byte * memory, other_angles_.Reserve(bytes));
-  WriteAngles(rope, reinterpret_cast<float*>(memory));
-  RW_RETURN_IF_ERROR(other_angles_.Send(bytes, stream()));
-  angles_of_ = &rope;
-  angles_on_device_ = reinterpret_cast<const float*>(other_angles_.device());
-  return absl::OkStatus();
-}
-
 absl::Status CudaBackend::RopeAppend(float* qkv, const AttentionShape& shape, const RopeTable& rope,
                                      const float* q_norm, const float* k_norm, float norm_eps, KvPool& pool, int layer,
                                      KvObservation* observation) {
@@ -489,17 +349,17 @@ absl::Status CudaBackend::RopeAppend(float* qkv, const AttentionShape& shape, co
   RW_RETURN_IF_ERROR(Use());
   CheckAttention(shape, pool, layer);
   CheckRope(shape, rope, observation);
-  step_.CheckFits(pool);
-  RW_RETURN_IF_ERROR(SendAngles(rope));
+  step_.index().CheckFits(pool);
+  RW_ASSIGN_OR_RETURN(const float* angles, step_.Angles(rope));
   auto& kv = static_cast<CudaKvPool&>(pool);
   const int64_t count = step_.row_count();
   const cuda::RopeAppendTask task{.qkv = qkv,
-                                  .cos = angles_on_device_,
-                                  .sin = angles_on_device_ + count * (rope.rotary_dim / 2),
+                                  .cos = angles,
+                                  .sin = angles + count * (rope.rotary_dim / 2),
                                   .q_norm = q_norm,
                                   .k_norm = k_norm,
-                                  .position = position_on_device_,
-                                  .block = block_on_device_,
+                                  .position = step_.position(),
+                                  .block = step_.block(),
                                   .kv = kv.Layer(layer),
                                   .row_count = count,
                                   .n_heads = shape.n_heads_local,
@@ -536,35 +396,16 @@ absl::Status CudaBackend::Observe(const float* qkv, const AttentionShape& shape,
   return absl::OkStatus();
 }
 
-absl::Status CudaBackend::SendTiles(int group) {
-  if (tiles_of_ == group) return absl::OkStatus();
-  BuildTiles(group);
-  const auto bytes = static_cast<int64_t>(tiles_.size() * sizeof(cuda::AttentionTile));
-  RW_ASSIGN_OR_RETURN(std::byte * memory, other_tiles_.Reserve(bytes));
-  std::ranges::copy(tiles_, reinterpret_cast<cuda::AttentionTile*>(memory));
-  RW_RETURN_IF_ERROR(other_tiles_.Send(bytes, stream()));
-  tiles_of_ = group;
-  tiles_on_device_ = reinterpret_cast<const cuda::AttentionTile*>(other_tiles_.device());
-  return absl::OkStatus();
-}
-
-int64_t CudaBackend::SplitBound(int32_t sliding_window) const {
-  if (sliding_window <= 0) return split_bound_;
-  // A tile's rows are consecutive positions; the first sees furthest back.
-  return std::min<int64_t>(split_bound_, (sliding_window + cuda::kTileVectors) / cuda::kSplitTokens + 2);
-}
-
 absl::Status CudaBackend::Attention(float* out, const float* qkv, const AttentionShape& shape, const KvPool& pool,
                                     int layer) {
   const ProfilerRange range("Attention");
   RW_RETURN_IF_ERROR(Use());
   CheckAttention(shape, pool, layer);
-  step_.CheckFits(pool);
+  step_.index().CheckFits(pool);
   const auto& kv = static_cast<const CudaKvPool&>(pool);
   const int group = shape.n_heads_local / shape.n_kv_heads_local;
-  RW_RETURN_IF_ERROR(SendTiles(group));
-  const auto tile_count = static_cast<int64_t>(tiles_.size());
-  const int64_t splits = SplitBound(shape.sliding_window);
+  RW_ASSIGN_OR_RETURN(const std::span<const cuda::AttentionTile> tiles, step_.Tiles(group));
+  const int64_t tile_count = std::ssize(tiles), splits = step_.SplitBound(shape.sliding_window);
   const int64_t partials = step_.row_count() * shape.n_heads_local * splits * (4 + shape.head_dim);
   const bool is_by_split = splits > 1 && partials <= kMostPartials &&
                            tile_count * shape.n_kv_heads_local < kTilesPerMultiprocessor * multiprocessors_;
@@ -575,8 +416,8 @@ absl::Status CudaBackend::Attention(float* out, const float* qkv, const Attentio
   }
   const cuda::AttentionTask task{.out = out,
                                  .qkv = qkv,
-                                 .tables = tables_on_device_,
-                                 .tiles = tiles_on_device_,
+                                 .tables = step_.tables(),
+                                 .tiles = tiles.data(),
                                  .kv = kv.Layer(layer),
                                  .tile_count = static_cast<int32_t>(tile_count),
                                  .group = group,
@@ -592,9 +433,7 @@ absl::Status CudaBackend::Attention(float* out, const float* qkv, const Attentio
 absl::Status CudaBackend::PickRows(float* out, const float* x, std::span<const int32_t> picked, int64_t width) {
   const ProfilerRange range("PickRows");
   RW_RETURN_IF_ERROR(Use());
-  CheckPicked(picked);
-  RW_ASSIGN_OR_RETURN(const int32_t* on_device,
-                      OnDevice(picked, step_.rows().picked, picked_on_device_, other_picked_));
+  RW_ASSIGN_OR_RETURN(const int32_t* on_device, step_.Picked(picked));
   return CudaStatus(cuda::PickRows(out, x, on_device, std::ssize(picked), width, stream()), "PickRows");
 }
 
@@ -615,7 +454,7 @@ absl::Status CudaBackend::IssueDraw(int32_t* ids, const float* logits, std::span
   RW_CHECK(vocab_size > 0 && vocab_size <= 1 << kMostVocabularyBits);
   if (rules.empty()) return absl::OkStatus();
   RW_RETURN_IF_ERROR(Use());
-  RW_ASSIGN_OR_RETURN(const DrawRule* on_device, OnDevice(rules, step_.rows().rules, rules_on_device_, other_rules_));
+  RW_ASSIGN_OR_RETURN(const DrawRule* on_device, step_.Rules(rules));
   const auto count = std::ssize(rules);
   const int64_t scratch = count * vocab_size * static_cast<int64_t>(sizeof(uint64_t));
   if (scratch > weights_capacity_) {
