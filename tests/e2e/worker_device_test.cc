@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <vector>
@@ -92,6 +93,7 @@ class ProgramDeviceTest : public testing::Test {
  protected:
   void SetUp() override {
     if (HasDriver()) GTEST_SKIP() << "this machine has an NVIDIA driver";
+    std::filesystem::remove(answer_);
     std::ofstream(question_) << R"({"custom_id": "a", "method": "POST", "url": "/v1/completions", )"
                              << R"("body": {"prompt": "Once", "max_tokens": 4, "temperature": 0}})"
                              << "\n";
