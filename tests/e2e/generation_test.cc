@@ -166,10 +166,12 @@ std::string QuantizedDemoModel(const std::string& bits) {
   return "";
 }
 
-void ExpectTheSameTokensOnOneAndTwoRanks(const std::string& model, const std::string& activations) {
+// `flag` of --activations means `activations` here.
+void ExpectTheSameTokensOnOneAndTwoRanks(const std::string& model, const std::string& flag,
+                                         const std::string& activations) {
   std::vector<std::vector<int32_t>> sampled;
   for (const int tp : {1, 2}) {
-    const auto cluster = Serve({.model = model, .tp = tp, .kv = "f16", .worker_flags = {"--activations", activations}});
+    const auto cluster = Serve({.model = model, .tp = tp, .kv = "f16", .worker_flags = {"--activations", flag}});
     ASSERT_TRUE(cluster.ok()) << cluster.status();
     const Reply reply = Generate((*cluster)->stub(), Sampled(kPrompt, 64, 7));
     ExpectWhole(reply);
@@ -185,11 +187,11 @@ void ExpectTheSameTokensOnOneAndTwoRanks(const std::string& model, const std::st
 TEST(Activations, OfEightBitsGiveTheSameTokensOnOneAndTwoRanksAndAreNamed) {
   const std::string quantized = QuantizedDemoModel("8");
   ASSERT_NE(quantized, "");
-  ExpectTheSameTokensOnOneAndTwoRanks(quantized, "int8");
+  ExpectTheSameTokensOnOneAndTwoRanks(quantized, "auto", "int8");
 }
 
 TEST(Activations, OfBFloat16GiveTheSameTokensOnOneAndTwoRanksAndRefuseQuantisedWeights) {
-  ExpectTheSameTokensOnOneAndTwoRanks(DemoModel(), "bf16");
+  ExpectTheSameTokensOnOneAndTwoRanks(DemoModel(), "bf16", "bf16");
   const std::string quantized = QuantizedDemoModel("4");
   ASSERT_NE(quantized, "");
   const auto refused = RunProgram("rankwise", {"serve", quantized, "--activations", "bf16"});
