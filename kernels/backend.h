@@ -84,7 +84,7 @@ const char* ActivationsName(Activations activations);
 std::map<std::string, Activations> ActivationsByName();
 inline constexpr char kAutoActivations[] = "auto";
 std::vector<std::string> ActivationsFlags();
-std::optional<Activations> ActivationsOfFlag(const std::string& flag);
+std::optional<Activations> ActivationsOfFlag(const std::string& flag);  // one of ActivationsFlags
 inline constexpr char kActivationsHelp[] =
     "What weights are multiplied with: float; or int8, of quantised weights and on the CPU alone, or bf16, of f16 and "
     "bf16 weights, which are faster in prefill and batches and less exact. bf16 makes bf16 of f16 weights, too: 8 bits "
@@ -228,8 +228,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string Description()
-      const = 0;  // "cpu avx512, 2 threads", and how matrices packed so far are multiplied if not with floats
+  // "cpu avx512, 2 threads", and how matrices packed so far are multiplied if not with floats.
+  virtual std::string Description() const = 0;
   // Rows of one step beyond which a row becomes no cheaper: more would only delay everyone's next token.
   virtual int32_t step_rows() const { return 512; }
 

@@ -112,7 +112,6 @@ void MultiplyBytes(int sum_index, int a_index, int b_index, bool a_is_signed, bo
 
 // An instruction of VEX map 0F38 with a ModRM byte behind its opcode.
 struct Instruction {
-  const uint8_t* at;
   int prefix;  // pp: 0 none, 1 66, 2 F3, 3 F2
   int opcode;
   int vvvv;
@@ -137,8 +136,7 @@ bool Decode(const ucontext_t& context, Instruction& out) {
   if ((p[1] & 0x80) == 0) return false;  // no ninth matrix register
   const uint8_t modrm = p[4];
   const int mod = modrm >> 6;
-  out = {.at = p,
-         .prefix = p[2] & 3,
+  out = {.prefix = p[2] & 3,
          .opcode = p[3],
          .vvvv = ~p[2] >> 3 & 15,
          .is_register = mod == 3,

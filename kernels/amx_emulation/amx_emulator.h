@@ -9,7 +9,7 @@
 // About two microseconds each, and a product as long as its 16,384 multiplications.
 namespace rankwise::amx_emulation {
 
-// Takes SIGILL over, for this process and for good. May be called again.
+// Takes SIGILL over, for all threads of this process and for good. Any thread may call it, and again.
 void Install();
 
 // Since the process began, of all threads.

@@ -48,6 +48,7 @@ inline Ints LoadWords(const uint32_t* words) {
   const auto* from = reinterpret_cast<const __m256i*>(words);
   return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
 }
+
 struct WordPair {
   Ints even, odd;
 };

@@ -8,7 +8,9 @@
 #include <bit>
 #include <cstring>
 #include <random>
+#include <span>
 #include <thread>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "tests/nccl_emulation/nccl_emulation.h"
@@ -122,20 +124,25 @@ TEST_F(NcclCommunicatorTest, ALostHostEndsNcclToo) {
   });
 }
 
+// All-reduces of `values`, one by one, as a graph.
+void RecordSums(Communicator& group, cudaStream_t stream, const std::vector<std::span<float>>& values,
+                cudaGraphExec_t& executable) {
+  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  for (const std::span<float> each : values) EXPECT_EQ(group.AllReduceSum(each, kTimeout), absl::OkStatus());
+  cudaGraph_t graph = nullptr;
+  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+}
+
 // Of one exchange and of two, in one graph.
 TEST_F(NcclCommunicatorTest, SumsAreRecordedAndDoneAgain) {
   RunTwo([&](Communicator& group) {
     const cudaStream_t stream = streams_[group.rank()];
     ASSERT_NE(group.on_stream(), nullptr);
     DeviceFloats few(7), many(70'002);
-    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-    EXPECT_EQ(group.AllReduceSum(few.values, kTimeout), absl::OkStatus());
-    EXPECT_EQ(group.AllReduceSum(many.values, kTimeout), absl::OkStatus());
-    cudaGraph_t graph = nullptr;
-    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
     cudaGraphExec_t executable = nullptr;
-    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
-    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    ASSERT_NO_FATAL_FAILURE(RecordSums(group, stream, {few.values, many.values}, executable));
     for (const int round : {1, 2, 3}) {
       for (const auto values : {few.values, many.values}) {
         for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i % 100 * round + group.rank());
@@ -213,13 +220,8 @@ TEST_F(NcclCommunicatorTest, WaitingHearsOfAnErrorInTheBackground) {
     if (group.rank() == 1) return;
     const cudaStream_t stream = streams_[0];
     DeviceFloats memory(4);
-    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-    EXPECT_EQ(group.AllReduceSum(memory.values, kTimeout), absl::OkStatus());
-    cudaGraph_t graph = nullptr;
-    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
     cudaGraphExec_t executable = nullptr;
-    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
-    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    ASSERT_NO_FATAL_FAILURE(RecordSums(group, stream, {memory.values}, executable));
     nccl_emulation::FailCall(1, ncclRemoteError);
     ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
     const absl::Status failed = group.on_stream()->WaitUntil([] { return false; }, kTimeout);
